@@ -1,0 +1,429 @@
+"""Manifests and array schemas: the only thing that stages share.
+
+An artifact is a folder (local path, `gs://` or `s3://`) with a `manifest.json` and, for
+array artifacts, one zarr3 array per name with crc32c on each chunk. The manifest is
+written twice: unfinished when work starts, finished when every chunk is in place, so a
+reader sees a whole artifact or none. Nothing in it depends on the clock or the machine:
+an interrupted and an uninterrupted run end in the same bytes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+
+SCHEMA = 1
+_MANIFEST = "manifest.json"
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend: one line, shown without a traceback."""
+
+
+class Directory:
+    """A folder behind a path or URL. Single writes are atomic on every backend."""
+
+    def __init__(self, location: str | os.PathLike):
+        location = os.fspath(location)
+        if location.startswith("file://"):
+            location = location[len("file://") :]
+        scheme = re.match(r"^([a-z0-9]+)://", location)
+        if scheme and scheme.group(1) not in ("gs", "s3"):
+            raise UserError(f"{location!r}: only local paths, file://, gs:// and s3:// are supported")
+        self.is_local = scheme is None
+        self.location = str(Path(location).expanduser().absolute()) if self.is_local else location.rstrip("/")
+        self._kvstore = None
+
+    def __str__(self) -> str:
+        return self.location
+
+    def __truediv__(self, name: str) -> "Directory":
+        return Directory(f"{self.location}/{name}")
+
+    @property
+    def path(self) -> Path:
+        """The local path; raises `UserError` where the folder is not local."""
+        if not self.is_local:
+            raise UserError(f"{self.location} is not on this machine; this needs a local folder")
+        return Path(self.location)
+
+    @property
+    def kvstore(self) -> ts.KvStore:
+        if self._kvstore is None:
+            url = f"file://{self.location}/" if self.is_local else f"{self.location}/"
+            self._kvstore = ts.KvStore.open(_quote(url) if self.is_local else url).result()
+        return self._kvstore
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes under `name`, or None."""
+        result = self.kvstore.read(name).result()
+        return bytes(result.value) if result.state == "value" else None
+
+    def write(self, name: str, data: bytes) -> None:
+        try:
+            self.kvstore.write(name, data).result()
+        except ValueError as error:  # tensorstore's word for a full disk or a refused write
+            raise UserError(f"cannot write {self.location}/{name}: {first_line(error)}") from error
+
+    def names(self) -> list[str]:
+        """Every key below this folder, sorted; writers' lock files left out."""
+        if self.is_local and not self.path.is_dir():
+            return []
+        keys = (key.decode() for key in self.kvstore.list().result())
+        return sorted(key for key in keys if not key.endswith(".__lock"))
+
+    def delete(self) -> None:
+        """Removes the folder and all below it."""
+        if self.is_local:
+            shutil.rmtree(self.path, ignore_errors=True)
+        else:
+            self.kvstore.delete_range(ts.KvStore.KeyRange()).result()
+
+    def size(self) -> int | None:
+        """Bytes on disk; None where the folder is remote."""
+        if not self.is_local:
+            return None
+        return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
+
+
+def _quote(url: str) -> str:
+    from urllib.parse import quote
+
+    return quote(url, safe="/:")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for messages that must stay on one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """Shape [rows, ...], dtype name (NumPy's or ml_dtypes') and rows per chunk."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunk_rows: int
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        return (min(self.chunk_rows, max(self.shape[0], 1)), *self.shape[1:])
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one stored chunk: raw little-endian values plus 4 bytes of crc32c."""
+        return math.prod(self.chunk_shape) * as_dtype(self.dtype).itemsize + 4
+
+
+def as_dtype(name: str) -> np.dtype:
+    """The NumPy dtype of that name, bfloat16 included."""
+    return np.dtype(getattr(ml_dtypes, name)) if name == "bfloat16" else np.dtype(name)
+
+
+@dataclasses.dataclass
+class Manifest:
+    """What an artifact is, what it was made from and with, and whether it is whole.
+
+    `checksums` maps an array to the sha256 (16 hex digits) of each of its chunks' values.
+    `facts` is what the stage found out (counts, recall, perplexities): plain JSON.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    parents: dict[str, str]
+    arrays: dict[str, ArraySpec] = dataclasses.field(default_factory=dict)
+    finished: bool = False
+    checksums: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hex digits over everything in the manifest."""
+        return digest(self.to_json().encode())[:12]
+
+    def to_json(self) -> str:
+        return canonical_json(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "Manifest":
+        try:
+            fields = json.loads(text)
+            if fields["schema"] != SCHEMA:
+                raise UserError(
+                    f"{where} has schema {fields['schema']}, this version reads {SCHEMA}: "
+                    "make it again or use the version that made it"
+                )
+            arrays = {
+                name: ArraySpec(tuple(s["shape"]), s["dtype"], s["chunk_rows"])
+                for name, s in fields.pop("arrays").items()
+            }
+            return cls(arrays=arrays, **fields)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{where} is damaged ({first_line(error)}): delete its folder and run the stage again"
+            ) from error
+
+
+def canonical_json(value: Any) -> str:
+    """JSON in the one form used on disk: sorted keys, no NaN, a last newline."""
+    return json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n"
+
+
+def digest(data: bytes | memoryview) -> str:
+    """16 hex digits of sha256."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def config_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain JSON, less the fields marked `runtime()`.
+
+    Those change how fast or how visibly a result is made, never the result, so they
+    do not enter the manifest and a finished artifact survives their change.
+    """
+    values = {
+        f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata.get("runtime")
+    }
+    return json.loads(json.dumps(values))
+
+
+def runtime(default: Any) -> Any:
+    """A dataclass field that cannot change a result (see `config_dict`)."""
+    return dataclasses.field(default=default, metadata={"runtime": True})
+
+
+def peek(directory: Directory) -> Manifest | None:
+    """The manifest, finished or not; None where there is none."""
+    data = directory.read(_MANIFEST) if not directory.is_local or directory.path.is_dir() else None
+    return (
+        None
+        if data is None
+        else Manifest.from_json(data.decode(errors="replace"), f"{directory}/{_MANIFEST}")
+    )
+
+
+def begin(
+    directory: Directory,
+    kind: str,
+    config: Mapping[str, Any],
+    parents: Mapping[str, str],
+    arrays: Mapping[str, ArraySpec] | None = None,
+) -> Manifest:
+    """Starts an artifact or takes up an earlier start of the same one.
+
+    Raises:
+      UserError: the folder holds the same kind of artifact made with another config or
+        from other parents.
+    """
+    fresh = Manifest(kind, dict(config), dict(parents), dict(arrays or {}))
+    found = peek(directory)
+    if found is None:
+        try:
+            directory.write(_MANIFEST, fresh.to_json().encode())
+        except ValueError as error:
+            raise UserError(f"cannot write to {directory}: {first_line(error)}") from error
+        return fresh
+    require_same(directory, found, fresh)
+    return found
+
+
+def require_same(directory: Directory, found: Manifest, wanted: Manifest) -> None:
+    """Raises `UserError` unless `found` was made with the config and parents of `wanted`."""
+    for name, now in wanted.parents.items():
+        before = found.parents.get(name)
+        if before != now:
+            raise UserError(
+                f"{directory} was made from {name} {before}, this {name} is {now}: "
+                f"delete {directory} to make it again, or point --workdir elsewhere"
+            )
+    if difference := _first_difference(found.config, wanted.config):
+        key, before, now = difference
+        raise UserError(
+            f"{directory} was made with {key} = {before!r}, now it is {now!r}: "
+            f"delete {directory} to make it again, or point --workdir elsewhere"
+        )
+    if wanted.arrays and found.arrays != wanted.arrays:
+        raise UserError(f"{directory} holds arrays of other shapes: delete it to make it again")
+
+
+def _first_difference(a: Any, b: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted({*a, *b}):
+            found = _first_difference(a.get(key), b.get(key), f"{prefix}.{key}".lstrip("."))
+            if found:
+                return found
+        return None
+    return None if a == b else (prefix, a, b)
+
+
+def finish(directory: Directory, manifest: Manifest, **facts: Any) -> Manifest:
+    """Declares the artifact whole: the manifest's last write."""
+    done = dataclasses.replace(
+        manifest, finished=True, facts=json.loads(canonical_json({**manifest.facts, **facts}))
+    )
+    directory.write(_MANIFEST, done.to_json().encode())
+    if directory.is_local:
+        for lock in directory.path.rglob("*.__lock"):
+            lock.unlink(missing_ok=True)
+    return done
+
+
+def require(directory: Directory, stage: str) -> Manifest:
+    """The finished manifest of a parent, its chunk files checked for presence and length.
+
+    Raises:
+      UserError: it is missing, unfinished or visibly damaged; `stage` is what to run.
+    """
+    manifest = peek(directory)
+    if manifest is None or not manifest.finished:
+        state = "is missing" if manifest is None else "is unfinished"
+        raise UserError(f"{directory} {state}: run `python -m mlp_memory {stage}` first")
+    if directory.is_local:
+        for name, spec in manifest.arrays.items():
+            for chunk in range(chunk_count(spec)):
+                file = directory.path / name / _chunk_key(spec, chunk)
+                size = file.stat().st_size if file.is_file() else None
+                if size != spec.chunk_bytes:
+                    what = "is missing" if size is None else f"has {size} bytes, not {spec.chunk_bytes}"
+                    raise UserError(f"{file} {what}: delete {directory} and run `{stage}` again")
+    return manifest
+
+
+def chunk_count(spec: ArraySpec) -> int:
+    """Chunks along the first axis."""
+    return -(-spec.shape[0] // spec.chunk_shape[0])
+
+
+def _chunk_key(spec: ArraySpec, chunk: int) -> str:
+    return "c/" + "/".join([str(chunk)] + ["0"] * (len(spec.shape) - 1))
+
+
+def _open(directory: Directory, name: str, spec: ArraySpec, create: bool) -> ts.TensorStore:
+    return ts.open(
+        {
+            "driver": "zarr3",
+            "kvstore": (directory / name).kvstore.spec().to_json(),
+            "store_data_equal_to_fill_value": True,
+            "metadata": {
+                "shape": list(spec.shape),
+                "data_type": str(as_dtype(spec.dtype)),
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(spec.chunk_shape)}},
+                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+            },
+        },
+        open=True,
+        create=create,
+    ).result()
+
+
+class ChunkWriter:
+    """Writes an artifact's arrays chunk by whole chunk; knows which are still missing.
+
+    A chunk counts as written once its mark (`chunks/NNN.json`, the checksums) is there,
+    and the mark is written last. All arrays share the first axis and its chunking.
+    """
+
+    def __init__(self, directory: Directory, manifest: Manifest):
+        specs = list(manifest.arrays.values())
+        if len({(s.shape[0], s.chunk_shape[0]) for s in specs}) != 1:
+            raise ValueError("arrays of one artifact share rows and chunk rows")
+        self.directory, self.manifest = directory, manifest
+        self.rows_total, self.chunk_rows = specs[0].shape[0], specs[0].chunk_shape[0]
+        self._stores = {n: _open(directory, n, s, create=True) for n, s in manifest.arrays.items()}
+        self._marks = {
+            int(key[len("chunks/") : -len(".json")]): json.loads(directory.read(key))
+            for key in directory.names()
+            if key.startswith("chunks/")
+        }
+
+    def __len__(self) -> int:
+        return -(-self.rows_total // self.chunk_rows)
+
+    def rows(self, chunk: int) -> tuple[int, int]:
+        """First row and one past the last row of a chunk."""
+        return chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, self.rows_total)
+
+    def missing(self) -> list[int]:
+        return [c for c in range(len(self)) if c not in self._marks]
+
+    def write(self, chunk: int, **arrays: np.ndarray) -> None:
+        """Writes one whole chunk of every array.
+
+        Raises:
+          UserError: a value is not finite, or the disk refuses.
+        """
+        start, stop = self.rows(chunk)
+        pending, marks = [], {}
+        for name, spec in self.manifest.arrays.items():
+            value = np.ascontiguousarray(arrays[name], dtype=as_dtype(spec.dtype))
+            if value.shape != (stop - start, *spec.shape[1:]):
+                raise ValueError(f"{name}: {value.shape} written to rows {start}:{stop} of {spec.shape}")
+            if value.dtype.kind == "f" or spec.dtype == "bfloat16":
+                bad = ~np.isfinite(value.reshape(len(value), -1)).all(axis=1)
+                if bad.any():
+                    raise UserError(f"{self.directory}/{name}: row {start + int(bad.argmax())} is not finite")
+            marks[name] = digest(value.view(np.uint8).data if value.size else b"")
+            pending.append(self._stores[name][start:stop].write(value))
+        try:
+            for future in pending:
+                future.result()
+        except ValueError as error:
+            raise UserError(f"cannot write {self.directory}: {first_line(error)}") from error
+        self.directory.write(f"chunks/{chunk:08d}.json", canonical_json(marks).encode())
+        self._marks[chunk] = marks
+
+    def finish(self, **facts: Any) -> Manifest:
+        """Declares the artifact whole; the marks move into the manifest."""
+        if self.missing():
+            raise ValueError(f"chunks {self.missing()[:5]} are missing")
+        checksums = {name: [self._marks[c][name] for c in range(len(self))] for name in self.manifest.arrays}
+        done = finish(self.directory, dataclasses.replace(self.manifest, checksums=checksums), **facts)
+        (self.directory / "chunks").delete()
+        return done
+
+
+class ArrayReader:
+    """Rows of one finished array, `reader[a:b]`, as NumPy; decoded chunks are cached.
+
+    Raises:
+      UserError: on a chunk that is damaged (crc32c) or gone.
+    """
+
+    def __init__(self, directory: Directory, name: str, cache_bytes: int = 1 << 30):
+        manifest = peek(directory)
+        if manifest is None or name not in manifest.arrays:
+            raise UserError(f"{directory} has no array {name!r}")
+        self.spec = manifest.arrays[name]
+        self.shape, self.dtype = self.spec.shape, as_dtype(self.spec.dtype)
+        self._what, self._directory = f"{directory}/{name}", directory
+        self._location, self._name, self._cache_bytes = directory.location, name, cache_bytes
+        self._store = None
+
+    @property
+    def store(self) -> ts.TensorStore:
+        if self._store is None:
+            context = ts.Context({"cache_pool": {"total_bytes_limit": self._cache_bytes}})
+            spec = _open(self._directory, self._name, self.spec, create=False).spec()
+            self._store = ts.open(spec, context=context, open=True).result()
+        return self._store
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        try:
+            return np.asarray(self.store[rows].read().result())
+        except ValueError as error:
+            raise UserError(
+                f"{self._what} is damaged: {first_line(error)}; delete its folder and run again"
+            ) from error

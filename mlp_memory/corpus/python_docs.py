@@ -1,0 +1,147 @@
+"""The documentation inside every CPython, one document per topic and per module.
+
+Topics of `help()` come from `pydoc_data.topics`. Pure Python modules are parsed, never
+imported, so that no import has side effects; modules compiled into the interpreter or
+shipped as extensions have no source and are imported for their docstrings.
+"""
+
+import ast
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+import inspect
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from mlp_memory.artifacts import UserError
+
+# Tests, demos, jokes; modules that print, open a browser or set up the terminal when imported;
+# topics are read from pydoc_data directly.
+_SKIPPED = frozenset(
+    ("test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "antigravity", "this", "readline")
+)
+
+
+@functools.cache
+def documents() -> tuple[str, ...]:
+    """Every document: topics by name, then modules by dotted name.
+
+    The texts depend on the version and build of Python alone.
+
+    Raises:
+      UserError: this Python was built without its topics.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UserError(
+            f"{sys.executable} has no pydoc_data.topics: use another Python, or source 'jsonl' or 'text'"
+        ) from error
+    sections = [_printable(topics[name]) for name in sorted(topics)]
+    modules = dict(_source_modules())
+    for name in _compiled_module_names():
+        modules.setdefault(name, None)
+    for name in sorted(modules):
+        path = modules[name]
+        parts = list(_from_source(name, path) if path else _from_import(name))
+        if parts:
+            sections.append(_printable("\n\n\n".join(f"{title}\n\n{text}" for title, text in parts) + "\n"))
+    return tuple(sections)
+
+
+def _is_public(name: str) -> bool:
+    return not name.startswith("_") and not name.startswith("xx") and name not in _SKIPPED
+
+
+def _source_modules() -> Iterator[tuple[str, Path]]:
+    """Dotted name and file of each public standard library module written in Python."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for top in sorted(filter(_is_public, sys.stdlib_module_names)):
+        if (root / f"{top}.py").is_file():
+            yield top, root / f"{top}.py"
+        for path in sorted((root / top).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            if parts[-1] == "__init__":
+                parts = parts[:-1]
+            if all(map(_is_public, parts)):
+                yield ".".join(parts), path
+
+
+def _compiled_module_names() -> Iterator[str]:
+    """Public top-level modules that are built in or extension files."""
+    for name in sorted(filter(_is_public, sys.stdlib_module_names)):
+        if name in sys.builtin_module_names:
+            yield name
+            continue
+        spec = importlib.util.find_spec(name)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.ExtensionFileLoader):
+            yield name
+
+
+def _from_source(name: str, path: Path) -> Iterator[tuple[str, str]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes in somebody else's strings
+        tree = ast.parse(path.read_bytes())
+    if text := ast.get_docstring(tree):
+        yield name, text
+    yield from _from_body(name, tree.body)
+
+
+def _from_body(prefix: str, body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
+    """Docstrings of the public classes, their methods and the functions of a body."""
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if node.name.startswith("_"):
+                continue
+            name = f"{prefix}.{node.name}"
+            if text := ast.get_docstring(node):
+                yield name, text
+            if isinstance(node, ast.ClassDef):
+                yield from _from_body(name, node.body)
+        elif isinstance(node, ast.If | ast.Try | ast.With):  # definitions for one platform or version
+            for field in ("body", "orelse", "finalbody"):
+                yield from _from_body(prefix, getattr(node, field, []))
+            for handler in getattr(node, "handlers", []):
+                yield from _from_body(prefix, handler.body)
+
+
+def _from_import(name: str) -> Iterator[tuple[str, str]]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated modules are documentation too
+            module = importlib.import_module(name)
+    except ImportError:  # its shared library is not installed: it has no documentation here
+        return
+    if text := inspect.getdoc(module):
+        yield name, text
+    yield from _from_members(name, module, module)
+
+
+def _from_members(prefix: str, owner: object, module: ModuleType) -> Iterator[tuple[str, str]]:
+    for name, value in sorted(vars(owner).items()):
+        if name.startswith("_"):
+            continue
+        if isinstance(owner, ModuleType):
+            # Names put there by others (site, a test runner, an interactive shell) are not its own.
+            if getattr(value, "__module__", None) != module.__name__ or not (
+                inspect.isclass(value) or inspect.isroutine(value)
+            ):
+                continue
+        elif not (inspect.isroutine(value) or inspect.isdatadescriptor(value)):
+            continue
+        # The object's own docstring: inspect.getdoc would repeat the base class's in each subclass.
+        text = getattr(value, "__doc__", None)
+        if isinstance(text, str) and text:
+            yield f"{prefix}.{name}", inspect.cleandoc(text)
+        if inspect.isclass(value):
+            yield from _from_members(f"{prefix}.{name}", value, module)
+
+
+def _printable(text: str) -> str:
+    """Text without lone surrogates, which UTF-8 cannot hold and docstrings may."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,129 @@
+"""The token stream of one split, as every later stage reads it: NumPy and artifacts, nothing heavy."""
+
+import hashlib
+
+import numpy as np
+
+from mlp_memory import artifacts
+from mlp_memory.artifacts import ArrayReader, Directory, Manifest, UserError
+
+KIND = "corpus"
+BOUNDS_NAME = "bounds.i64"
+# Streams up to this many rows are read through when they are opened.
+_CHECKED_ROWS = 1 << 22
+
+
+class TokenReader(ArrayReader):
+    """Rows of `tokens`; refuses ids that the vocabulary does not have.
+
+    Raises:
+      UserError: a chunk is damaged, or an id is not below the vocabulary's size.
+    """
+
+    def __init__(self, directory: Directory, vocab_size: int):
+        super().__init__(directory, "tokens")
+        self._vocab_size = vocab_size
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        tokens_T = super().__getitem__(rows)
+        if tokens_T.size and int(tokens_T.max()) >= self._vocab_size:
+            raise UserError(
+                f"{self._what} holds token {int(tokens_T.max())} of a vocabulary of {self._vocab_size}: "
+                "delete its folder and run tokenize again"
+            )
+        return tokens_T
+
+
+class TokenStream:
+    """Tokens of one split and where its documents begin (the row rule of the design).
+
+    Row i's next token is row i + 1 if that is in the same document; the last row of a
+    document has none.
+
+    Attributes:
+      manifest: of the split; `manifest.fingerprint` names it as a parent.
+      tokens: reader of uint16 or uint32 [N]; `tokens[a:b]` is a NumPy array.
+      bounds_D1: int64 [D + 1]; document d has rows bounds_D1[d] to bounds_D1[d + 1] - 1.
+      vocab_size: every token is below it.
+      words: of the text, separated by whitespace.
+      num_bytes: of the text in UTF-8.
+    """
+
+    def __init__(self, manifest: Manifest, tokens: ArrayReader, bounds_D1: np.ndarray):
+        self.manifest, self.tokens, self.bounds_D1 = manifest, tokens, bounds_D1
+        self.vocab_size: int = manifest.facts["vocab_size"]
+        self.words: int = manifest.facts["words"]
+        self.num_bytes: int = manifest.facts["bytes"]
+
+    @classmethod
+    def open(cls, directory: Directory) -> "TokenStream":
+        """The finished stream in WORKDIR/corpus/SPLIT.
+
+        Raises:
+          UserError: it is missing, unfinished, damaged or no token stream.
+        """
+        manifest = artifacts.require(directory, "tokenize")
+        if manifest.kind != KIND:
+            raise UserError(f"{directory} is a {manifest.kind}, not a token stream: check --workdir")
+        again = f"delete {directory} and run tokenize again"
+        data = directory.read(BOUNDS_NAME)
+        if data is None or hashlib.sha256(data).hexdigest() != manifest.facts.get("bounds_sha256"):
+            state = "is missing" if data is None else "is damaged"
+            raise UserError(f"{directory}/{BOUNDS_NAME} {state}: {again}")
+        bounds_D1 = np.frombuffer(data, "<i8").astype(np.int64)
+        rows = manifest.arrays["tokens"].shape[0]
+        if bounds_D1[0] != 0 or bounds_D1[-1] != rows or (np.diff(bounds_D1) < 1).any():
+            raise UserError(f"{directory}/{BOUNDS_NAME} does not fit {rows} tokens: {again}")
+        stream = cls(manifest, TokenReader(directory, manifest.facts["vocab_size"]), bounds_D1)
+        # Reading runs the checks; a long stream gets them chunk by chunk as it is read.
+        stream.tokens[0 : rows if rows <= _CHECKED_ROWS else 1]
+        return stream
+
+    def __len__(self) -> int:
+        """N, the number of rows."""
+        return int(self.bounds_D1[-1])
+
+    @property
+    def num_scored(self) -> int:
+        """Rows that have a next token: all but one a document."""
+        return len(self) - (len(self.bounds_D1) - 1)
+
+    def has_next(self, start: int, stop: int) -> np.ndarray:
+        """bool [stop - start]: whether row i has a next token in its document.
+
+        Raises:
+          IndexError: the rows are not within the stream.
+        """
+        self._check(start, stop)
+        has_next_T = np.ones(stop - start, np.bool_)
+        last_D = self.bounds_D1[1:] - 1
+        first, end = np.searchsorted(last_D, [start, stop])
+        has_next_T[last_D[first:end] - start] = False
+        return has_next_T
+
+    def document_ids(self, start: int, stop: int) -> np.ndarray:
+        """int32 [stop - start]: the index, from 0, of each row's document.
+
+        Raises:
+          IndexError: the rows are not within the stream.
+        """
+        self._check(start, stop)
+        rows_T = np.arange(start, stop)
+        return (np.searchsorted(self.bounds_D1, rows_T, side="right") - 1).astype(np.int32)
+
+    def labels(self, start: int, stop: int) -> np.ndarray:
+        """int32 [stop - start]: each row's next token, 0 where there is none.
+
+        Raises:
+          IndexError: the rows are not within the stream.
+          UserError: a chunk is damaged.
+        """
+        has_next_T = self.has_next(start, stop)
+        labels_T = np.zeros(stop - start, np.int32)
+        next_T = self.tokens[min(start + 1, len(self)) : min(stop + 1, len(self))]
+        labels_T[: len(next_T)] = next_T
+        return np.where(has_next_T, labels_T, 0).astype(np.int32)
+
+    def _check(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"rows {start}:{stop} of a stream of {len(self)} rows")

@@ -1,0 +1,143 @@
+"""The shape of a decoder, and where its hidden state is tapped."""
+
+import dataclasses
+
+from mlp_memory.artifacts import UserError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `UserError(message)` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """Which hidden state of the decoder is the key and the memory's input.
+
+    Attributes:
+      layer: index of the layer; negative counts from the end.
+      kind: "ffn_input" (input of that layer's feed-forward, after its norm) or
+        "residual" (the stream as it leaves that layer).
+    """
+
+    layer: int = -1
+    kind: str = "ffn_input"
+
+    def index(self, layers: int) -> int:
+        """The layer counted from the front.
+
+        Raises:
+          UserError: no such layer, or no such kind.
+        """
+        require(
+            self.kind in ("ffn_input", "residual"), f"tap kind {self.kind!r}: use 'ffn_input' or 'residual'"
+        )
+        require(
+            -layers <= self.layer < layers,
+            f"tap layer {self.layer} is outside a decoder of {layers} layers (0..{layers - 1}, or negative)",
+        )
+        return self.layer % layers
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A pre-norm causal transformer.
+
+    Attributes:
+      layers, dim, heads: depth, width of the residual stream, query heads.
+      kv_heads: key/value heads; 0 for as many as query heads.
+      ffn_dim: hidden width of the feed-forward; 0 for 4·dim (GELU) or 8/3·dim (SwiGLU),
+        the latter rounded up to a multiple of 16.
+      norm: "rmsnorm" or "layernorm".
+      positions: "rotary" or "learned".
+      activation: "swiglu" or "gelu".
+      bias: biases in the linear layers (GPT-2 has them).
+      tied: the head is the token embedding, transposed.
+      max_positions: longest context with learned positions.
+      vocab_size: 0 takes the corpus vocabulary's.
+    """
+
+    layers: int = 4
+    dim: int = 192
+    heads: int = 6
+    kv_heads: int = 0
+    ffn_dim: int = 0
+    norm: str = "rmsnorm"
+    positions: str = "rotary"
+    activation: str = "swiglu"
+    bias: bool = False
+    tied: bool = False
+    max_positions: int = 1024
+    rope_base: float = 10000.0
+    norm_epsilon: float = 1e-5
+    vocab_size: int = 0
+
+    def __post_init__(self):
+        for name in ("layers", "dim", "heads", "max_positions"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) and value > 0,
+                f"decoder.{name} = {value!r} must be a positive whole number",
+            )
+        require(
+            self.dim % self.heads == 0, f"decoder.dim = {self.dim} does not divide by heads = {self.heads}"
+        )
+        require(
+            self.heads % self.num_kv_heads == 0,
+            f"decoder.heads = {self.heads} does not divide by kv_heads = {self.kv_heads}",
+        )
+        for name, choices in (
+            ("norm", ("rmsnorm", "layernorm")),
+            ("positions", ("rotary", "learned")),
+            ("activation", ("swiglu", "gelu")),
+        ):
+            value = getattr(self, name)
+            require(value in choices, f"decoder.{name} = {value!r}: use one of {', '.join(choices)}")
+        require(
+            self.positions != "rotary" or self.head_dim % 2 == 0,
+            f"rotary positions need an even head size, not {self.head_dim}",
+        )
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width inside the feed-forward."""
+        return self.ffn_dim or default_ffn_dim(self.dim, self.activation)
+
+    def with_vocabulary(self, size: int) -> "DecoderConfig":
+        """This shape over a vocabulary of `size`.
+
+        Raises:
+          UserError: the config names a smaller one.
+        """
+        require(
+            self.vocab_size in (0, size) or self.vocab_size > size,
+            f"decoder.vocab_size = {self.vocab_size} is smaller than the corpus vocabulary's {size} pieces: "
+            "leave it 0 or raise it",
+        )
+        return dataclasses.replace(self, vocab_size=max(self.vocab_size, size))
+
+    def matmul_parameters(self) -> int:
+        """Weights that multiply once per token (embedding look-ups and norms left out)."""
+        attention = self.dim * self.head_dim * (2 * self.heads + 2 * self.num_kv_heads)
+        feed_forward = self.dim * self.hidden_dim * (3 if self.activation == "swiglu" else 2)
+        return self.layers * (attention + feed_forward) + self.dim * self.vocab_size
+
+    def train_flops(self, tokens: int, context: int) -> int:
+        """FLOPs of training on `tokens` tokens: 6 per weight and token, and attention's
+        two products over the whole context, forward and backward."""
+        attention = 2 * 2 * context * self.dim * self.layers
+        return 3 * tokens * (2 * self.matmul_parameters() + attention)
+
+
+def default_ffn_dim(dim: int, activation: str) -> int:
+    """4·dim for GELU; 8/3·dim rounded up to a multiple of 16 for SwiGLU (as many weights)."""
+    return 4 * dim if activation == "gelu" else -(-(8 * dim) // (3 * 16)) * 16

@@ -1,0 +1,113 @@
+"""Parts that decoder and memory share: parameters with named axes, norms, feed-forward.
+
+Computation runs in the dtype of the input; norms and what they reduce run in float32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def parameter(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None, mean: float = 0.0
+) -> nnx.Param:
+    """A float32 parameter: normal with `std`, or the constant `mean` where `std` is None."""
+    value = jnp.full(shape, mean, jnp.float32)
+    if std is not None:
+        value = value + std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, logical_axes=axes)
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b), W [in, out], normal with std 1/sqrt(in) times `scale`."""
+
+    def __init__(
+        self, sizes: tuple[int, int], axes: tuple[str, str], bias: bool, rngs: nnx.Rngs, scale: float = 1.0
+    ):
+        self.kernel = parameter(rngs, sizes, axes, scale * sizes[0] ** -0.5)
+        self.bias = parameter(rngs, sizes[1:], axes[1:], None) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Norm(nnx.Module):
+    """RMSNorm, x / rms(x) · g, or LayerNorm, (x − mean) / std · g + b, over the last axis."""
+
+    def __init__(self, kind: str, dim: int, epsilon: float, rngs: nnx.Rngs):
+        self.kind, self.epsilon = kind, epsilon
+        self.scale = parameter(rngs, (dim,), ("norm",), None, mean=1.0)
+        self.bias = parameter(rngs, (dim,), ("norm",), None) if kind == "layernorm" else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.epsilon) * self.scale[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y.astype(x.dtype)
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU, (silu(x G) · x U) D, or GELU (tanh form), gelu(x U) D."""
+
+    def __init__(
+        self, dim: int, hidden: int, activation: str, bias: bool, rngs: nnx.Rngs, out_scale: float = 1.0
+    ):
+        up, down = ("embed", "mlp"), ("mlp", "embed")
+        self.gate = Linear((dim, hidden), up, bias, rngs) if activation == "swiglu" else None
+        self.up = Linear((dim, hidden), up, bias, rngs)
+        self.down = Linear((hidden, dim), down, bias, rngs, scale=out_scale)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        up = self.up(x)
+        hidden = nnx.gelu(up, approximate=True) if self.gate is None else nnx.silu(self.gate(x)) * up
+        return self.down(hidden)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` blocks as one module whose parameters have a leading "layers" axis."""
+    block = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    graphdef, state = nnx.split(block)
+
+    def init(key: jax.Array) -> dict[str, Any]:
+        return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key))))
+
+    values = jax.vmap(init)(jax.random.split(rngs.params(), count))
+    nnx.replace_by_pure_dict(state, values)
+    for _, variable in nnx.to_flat_state(state):
+        variable.set_metadata(logical_axes=("layers", *variable.get_metadata()["logical_axes"]))
+    return nnx.merge(graphdef, state)
+
+
+def scan_blocks(
+    blocks: nnx.Module,
+    step: Callable[[nnx.Module, Any, jax.Array], Any],
+    carry: Any,
+    remat: str,
+) -> Any:
+    """Runs `carry = step(block, carry, layer_index)` over stacked blocks in one scan.
+
+    Args:
+      blocks: what `stack` made.
+      step: pure function of one block, the carry and the layer's index (int32 scalar).
+      carry: any pytree of arrays.
+      remat: "none", "dots" (keep products without batch axes) or "full" (keep the carry).
+    """
+    graphdef, state = nnx.split(blocks)
+    count = jax.tree.leaves(state)[0].shape[0]
+
+    def body(carry: Any, layer: tuple[nnx.State, jax.Array]) -> tuple[Any, None]:
+        return step(nnx.merge(graphdef, layer[0]), carry, layer[1]), None
+
+    if remat == "full":
+        body = jax.checkpoint(body)
+    elif remat == "dots":
+        body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    carry, _ = jax.lax.scan(body, carry, (state, jnp.arange(count)))
+    return carry

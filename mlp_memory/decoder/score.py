@@ -1,0 +1,89 @@
+"""Reads a stream through a decoder: for each row its tapped state and log p(next token)."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from mlp_memory.corpus.stream import TokenStream
+from mlp_memory.decoder.config import Tap
+from mlp_memory.decoder.transformer import Decoder
+from mlp_memory.decoder.windows import WindowPlan, window_arrays
+from mlp_memory.parallel.sharding import place_batch
+from mlp_memory.training.sparse_head import label_log_prob
+
+
+class RowReader:
+    """Tapped states and log-probabilities by row.
+
+    A row's values depend on the rows asked for only through which windows share a batch,
+    and that is a pure function of the range; the same range gives the same bytes.
+
+    Args:
+      decoder: the model.
+      mesh: devices; a batch of windows is split over them.
+      plan: context and stride.
+      tap: the state to return.
+      batch: windows at once; rounded up to the mesh's batch size.
+      dtype: of the computation.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        mesh: Mesh,
+        plan: WindowPlan,
+        tap: Tap,
+        batch: int = 16,
+        dtype: jnp.dtype = jnp.float32,
+    ):
+        split = mesh.shape["slice"] * mesh.shape["data"] * mesh.shape["fsdp"]
+        self._plan, self._mesh, self._batch = plan, mesh, -(-batch // split) * split
+        graphdef, self._params = nnx.split(decoder)
+
+        def read(params: nnx.State, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            model = nnx.merge(graphdef, params)
+            hidden, tapped = model(arrays["tokens"], arrays["segments"], tap, dtype)
+            labels_N = arrays["labels"].reshape(-1)
+            log_prob_N = label_log_prob(hidden.reshape(labels_N.size, -1), model.head_kernel(), labels_N)
+            return tapped.astype(jnp.float32), log_prob_N.reshape(arrays["labels"].shape)
+
+        def tap_only(params: nnx.State, arrays: dict[str, jax.Array]) -> jax.Array:
+            return nnx.merge(graphdef, params)(arrays["tokens"], arrays["segments"], tap, dtype)[1].astype(
+                jnp.float32
+            )
+
+        self._read, self._tap_only = jax.jit(read), jax.jit(tap_only)
+
+    def _batches(self, stream: TokenStream, start: int, stop: int) -> Iterator[tuple[list, dict]]:
+        windows = self._plan.windows(start, stop, len(stream))
+        for i in range(0, len(windows), self._batch):
+            group = windows[i : i + self._batch]
+            starts = [w.start for w in group] + [len(stream)] * (self._batch - len(group))
+            parts = [window_arrays(stream, s, self._plan.context) for s in starts]
+            arrays = {k: np.stack([p[k] for p in parts]) for k in parts[0]}
+            yield group, place_batch(arrays, self._mesh)
+
+    def taps(self, stream: TokenStream, start: int, stop: int) -> np.ndarray:
+        """Tapped states of rows start..stop, [stop − start, D] float32."""
+        found = []
+        for group, arrays in self._batches(stream, start, stop):
+            tapped = np.asarray(self._tap_only(self._params, arrays))
+            found += [tapped[i, w.first - w.start : w.stop - w.start] for i, w in enumerate(group)]
+        return np.concatenate(found)
+
+    def taps_and_log_probs(self, stream: TokenStream, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tapped states [n, D] and log p(next token) [n] of rows start..stop, float32.
+
+        The log-probability means nothing on rows without a next token (`stream.has_next`).
+        """
+        taps, log_probs = [], []
+        for group, arrays in self._batches(stream, start, stop):
+            tapped, log_prob = map(np.asarray, self._read(self._params, arrays))
+            for i, w in enumerate(group):
+                taps.append(tapped[i, w.first - w.start : w.stop - w.start])
+                log_probs.append(log_prob[i, w.first - w.start : w.stop - w.start])
+        return np.concatenate(taps), np.concatenate(log_probs)

@@ -1,0 +1,86 @@
+"""Token streams cut into windows: training elements and scored rows.
+
+Row i of a stream may be read through any window that holds it; every window is masked to
+the row's own document, so its context is what precedes it in the window and the document.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from mlp_memory.corpus.stream import TokenStream
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Stream rows start..stop, of which first..stop are the ones to use."""
+
+    start: int
+    first: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowPlan:
+    """Windows of `context` rows at every multiple of `stride`.
+
+    A row is used from the earliest window that holds it, which is the one that gives it the
+    most context: the first window serves all its rows, each later one its last `stride`.
+    """
+
+    context: int
+    stride: int
+
+    def window_of(self, row: int) -> int:
+        """Index of the window that serves a row."""
+        return 0 if row < self.context else (row - self.context) // self.stride + 1
+
+    def windows(self, start: int, stop: int, total: int) -> list[Window]:
+        """The windows that serve rows start..stop of a stream of `total` rows, in order.
+
+        Their `first..stop` parts, cut to start..stop, tile that range without overlap.
+        """
+        if start >= stop:
+            return []
+        found = []
+        for index in range(self.window_of(start), self.window_of(stop - 1) + 1):
+            begin = index * self.stride
+            end = min(begin + self.context, total)
+            served = begin if index == 0 else begin + self.context - self.stride
+            found.append(Window(begin, max(served, start), min(end, stop)))
+        return found
+
+
+def window_arrays(stream: TokenStream, start: int, length: int) -> dict[str, np.ndarray]:
+    """`length` rows from `start`, padded past the stream's end.
+
+    Returns:
+      tokens [length] int32, labels [length] int32 (next tokens), segments [length] int32
+      (document numbers; −1 on padding), weight [length] float32 (1 where there is a label).
+    """
+    stop = min(start + length, len(stream))
+    pad = length - (stop - start)
+
+    def padded(values: np.ndarray, fill: int, dtype: type) -> np.ndarray:
+        return np.concatenate([values.astype(dtype), np.full(pad, fill, dtype)])
+
+    return {
+        "tokens": padded(stream.tokens[start:stop], 0, np.int32),
+        "labels": padded(stream.labels(start, stop), 0, np.int32),
+        "segments": padded(stream.document_ids(start, stop), -1, np.int32),
+        "weight": padded(stream.has_next(start, stop), 0, np.float32),
+    }
+
+
+class WindowSource:
+    """Training elements: the stream in consecutive windows, none of its rows left out."""
+
+    def __init__(self, stream: TokenStream, context: int):
+        self._stream, self._context = stream, context
+
+    def __len__(self) -> int:
+        return -(-len(self._stream) // self._context)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        start = index * self._context
+        return {**window_arrays(self._stream, start, self._context), "rows": np.int64(start)}

@@ -1,0 +1,243 @@
+"""The report's plots as inline SVG; the only importer of matplotlib.
+
+A plot is a pure function of its numbers: no date, no path, no font file and no user
+setting enters the SVG. Colours are written as CSS variables (`COLOUR_VARIABLES`), so one
+SVG serves light and dark pages, and text is real text in the page's own typeface.
+"""
+
+import io
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from mlp_memory.evaluation.table import SYSTEMS, format_figure, is_number, split_figures
+
+MAX_POINTS = 300
+
+# matplotlib wants a colour, the page wants a CSS value: each stand-in is unique and is
+# replaced in the finished SVG.
+_TEXT, _GRID, _PAGE = "#fe0001", "#fe0002", "#fe0003"
+_COLOURS = {system: f"#fe00{16 + i:02x}" for i, system in enumerate(SYSTEMS)}
+COLOUR_VARIABLES = {system: f"--{system.replace('_', '-')}" for system in SYSTEMS}
+_CSS = {
+    _TEXT: "currentColor",
+    _GRID: "var(--grid)",
+    _PAGE: "var(--card)",
+    **{_COLOURS[system]: f"var({COLOUR_VARIABLES[system]})" for system in SYSTEMS},
+}
+_DASHES = {"knn_lm_scann": (3, 1.5), "decoder_equal_params": (1, 1.5)}
+
+# A viewBox of 331 units shows 10-unit text at a readable size on a phone (about 10 px)
+# and in two columns of a desktop page (about 15 px).
+_WIDTH_INCHES = 4.6
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mlp-memory",
+    "text.parse_math": False,
+    "font.size": 10,
+    "axes.labelsize": 10,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "text.color": _TEXT,
+    "axes.labelcolor": _TEXT,
+    "xtick.color": _GRID,
+    "ytick.color": _GRID,
+    "xtick.labelcolor": _TEXT,
+    "ytick.labelcolor": _TEXT,
+    "axes.edgecolor": _GRID,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "path.simplify": False,
+}
+
+
+def perplexity_plot(results: Mapping[str, Any], split: str = "test") -> str | None:
+    """A dot with its interval per system, against base as a line; None without figures."""
+    figures = split_figures(results, split)
+    shown = [s for s in SYSTEMS if is_number(figures["perplexity"].get(s))]
+    if not shown:
+        return None
+    with _style():
+        figure = _figure(0.5 + 0.34 * len(shown))
+        axes = figure.subplots()
+        for height, system in enumerate(reversed(shown)):
+            value, colour = figures["perplexity"][system], _COLOURS[system]
+            interval = (figures.get("details", {}).get(system) or {}).get("interval") or ()
+            if len(interval) == 2 and all(map(is_number, interval)):
+                axes.plot(interval, [height, height], color=colour, linewidth=3, alpha=0.45)
+            axes.plot([value], [height], "o", color=colour, markersize=7)
+            axes.annotate(
+                format_figure(value), (value, height), (0, 6), textcoords="offset points", ha="center", size=9
+            )
+        if "base" in shown:
+            base = figures["perplexity"]["base"]
+            axes.plot(
+                [base, base], [-0.6, len(shown) - 1], color=_COLOURS["base"], linewidth=1, dashes=(3, 3)
+            )
+        axes.set_yticks(range(len(shown)), [SYSTEMS[s] for s in reversed(shown)])
+        axes.set_ylim(-0.6, len(shown) - 0.3)
+        axes.margins(x=0.12)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+        axes.set_xlabel(f"{split} perplexity (lower is better)")
+        return _svg(figure, f"perplexity-{split}", f"Perplexity of each system on the {split} split")
+
+
+def lambda_plot(curves: Mapping[str, Any]) -> str | None:
+    """Perplexity against λ per system, the minimum marked; None without curves.
+
+    Args:
+      curves: `lambdas` [L] and, by system, perplexities [L].
+    """
+    lambdas = curves.get("lambdas") or []
+    lines = {s: _series(zip(lambdas, curves[s])) for s in SYSTEMS if curves.get(s)}
+    lines = {s: line for s, line in lines.items() if line}
+    if not lines:
+        return None
+    with _style():
+        figure = _figure(3.1)
+        axes = figure.subplots()
+        for system, line in lines.items():
+            x, y = zip(*line)
+            (drawn,) = axes.plot(x, y, color=_COLOURS[system], label=SYSTEMS[system])
+            if system in _DASHES:
+                drawn.set_dashes(_DASHES[system])
+            best = min(line, key=lambda point: (point[1], point[0]))
+            axes.plot(*best, "o", color=_COLOURS[system], markeredgecolor=_PAGE, markersize=7)
+        # Near λ = 1 a sparse distribution's perplexity has no bound; what matters lies
+        # at and below λ = 0.
+        starts, lows = [line[0][1] for line in lines.values()], [min(p[1] for p in v) for v in lines.values()]
+        spread = max(max(starts) - min(lows), 0.02 * max(starts))
+        axes.set_ylim(min(lows) - 0.15 * spread, max(starts) + 0.8 * spread)
+        axes.set_xlabel("λ, the weight of memory or neighbours")
+        axes.set_ylabel("validation perplexity")
+        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+        _legend(figure, axes)
+        return _svg(figure, "lambda", "Validation perplexity against lambda, per system")
+
+
+def stage_plot(stage: str, title: str, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Training loss against step, and below it the validation perplexities there are.
+
+    Args:
+      stage: the stage's name; makes the SVG's ids unique.
+      title: what the plot shows, for screen readers.
+      rows: lines of metrics.jsonl in file order; fields `step`, `loss` (nats a token) and,
+        on evaluation steps, `validation_*`. A step that occurs twice (written again
+        after an interruption) counts once, with its last values.
+
+    Returns:
+      The SVG; None where no row has a loss or a validation perplexity.
+    """
+    loss = metric_series(rows, "loss")
+    validation = {
+        name: series
+        for name in sorted({key for row in rows for key in row if key.startswith("validation")})
+        if name.endswith(("validation", "perplexity")) and (series := metric_series(rows, name))
+    }
+    if not loss and not validation:
+        return None
+    with _style():
+        panels = bool(loss) + bool(validation)
+        figure = _figure(2.0 * panels + 0.3)
+        axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+        if loss:
+            axes[0].plot(*zip(*thin(loss)), color=_COLOURS["base_plus_memory"], linewidth=1.2)
+            axes[0].set_ylabel("training loss")
+        palette = itertools.cycle(("joint", "knn_lm_exact", "decoder_equal_params", "base"))
+        for name, series in validation.items():
+            label = name.removeprefix("validation_").replace("_", " ")
+            axes[-1].plot(
+                *zip(*thin(series)), "o-", color=_COLOURS[next(palette)], markersize=3.5, label=label
+            )
+        if validation:
+            axes[-1].set_ylabel("validation ppl.")
+            if len(validation) > 1:
+                axes[-1].legend(loc="upper right")
+        axes[-1].set_xlabel("step")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        for panel in axes:
+            panel.yaxis.set_major_locator(MaxNLocator(5))
+            panel.yaxis.set_major_formatter(FuncFormatter(_tick))
+        figure.align_ylabels()
+        return _svg(figure, f"stage-{stage}", title)
+
+
+def metric_series(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """(step, value) of the rows that have a finite `name`, by step; the last of a step counts."""
+    return _series((row.get("step"), row.get(name)) for row in rows)
+
+
+def thin(series: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> list[tuple[float, float]]:
+    """At most `limit` points, each the mean of a run of neighbours; the series itself if short."""
+    if len(series) <= limit:
+        return list(series)
+    points_Px2 = np.asarray(series, np.float64)
+    return [tuple(map(float, part.mean(0))) for part in np.array_split(points_Px2, limit)]
+
+
+def _series(pairs: Any) -> list[tuple[float, float]]:
+    return sorted({float(x): float(y) for x, y in pairs if is_number(x) and is_number(y)}.items())
+
+
+def _style() -> Any:
+    # "default" first: a reader's own matplotlibrc must not change the report.
+    return matplotlib.style.context(["default", _STYLE])
+
+
+def _figure(height_inches: float) -> Figure:
+    return Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, handlelength=1.8)
+
+
+def _tick(value: float, _: int) -> str:
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.0e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{float(f'{value:.4g}'):g}"
+
+
+def _svg(figure: Figure, name: str, title: str) -> str:
+    """The figure as an `<svg>` element: ids prefixed with `name`, nothing that loads or dates."""
+    buffer = io.StringIO()
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
+    text = buffer.getvalue()
+    width, height = (math.ceil(72 * inches) for inches in figure.get_size_inches())
+    body = re.sub(r"<(metadata|style)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    body = body[body.index(">") + 1 :]
+    # The ids of all the plots of a page share one name space.
+    prefix = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    body = re.sub(r'\bid="', f'id="{prefix}-', body)
+    body = re.sub(r'\b(?:xlink:)?href="#', f'href="#{prefix}-', body)
+    body = re.sub(r"url\(#", f"url(#{prefix}-", body)
+    body = re.sub(r"font-family: [^;\"]*; ?", "", body)
+    body = re.sub(r"#fe00[0-9a-f]{2}", lambda match: _CSS[match[0]], body)
+    body = re.sub(r"\s*\n\s*", "\n", body)
+    return f'<svg role="img" aria-label={quoteattr(title)} viewBox="0 0 {width} {height}">{body.strip()}'

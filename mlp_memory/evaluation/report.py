@@ -1,0 +1,278 @@
+"""The report page: one HTML file that needs no network, no script and no other file.
+
+It is a pure function of the results and the training curves: the same numbers give the
+same bytes, whatever the machine, the day or the order of keys. Only importer of jinja2.
+"""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from mlp_memory.artifacts import Directory, canonical_json
+from mlp_memory.evaluation import plots
+from mlp_memory.evaluation.table import (
+    DASH,
+    SYSTEMS,
+    format_count,
+    format_figure,
+    format_flops,
+    headings,
+    is_number,
+    split_figures,
+    table_notes,
+    table_rows,
+)
+
+_STAGES = {
+    "pretrain": "Decoder, pretraining",
+    "distill": "Memory, distillation",
+    "joint": "Decoder, joint training",
+    "baseline": "Equal-size decoder, pretraining",
+}
+_MODELS = {
+    "base": "base",
+    "memory": "memory",
+    "joint": "joint training, on top",
+    "decoder_equal_params": "equal-size decoder",
+}
+_COLUMNS = {"teacher": "teacher", "memory": "memory", "base": "base", "mixture": "mixture"}
+_CONTEXT_CHARACTERS = 500
+# Below this relative change, one decimal of a per cent shows nothing.
+_NO_CHANGE = 0.0005
+
+
+def write_report(
+    directory: Directory,
+    results: Mapping[str, Any],
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    split: str = "test",
+) -> None:
+    """Writes `index.html` into the reports folder.
+
+    Args:
+      directory: WORKDIR/reports.
+      results: what `results.json` holds; any system or section may be absent.
+      curves: lines of metrics.jsonl by stage (`pretrain`, `distill`, `joint`, `baseline`).
+      split: the split of the headline and the table.
+
+    Raises:
+      UserError: the results have another schema or no such split, or the disk refuses.
+    """
+    directory.write("index.html", report_html(results, curves, split).encode("utf-8", "backslashreplace"))
+
+
+def report_html(
+    results: Mapping[str, Any],
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    split: str = "test",
+) -> str:
+    """The page as text; see `write_report`."""
+    verdict, sentences = headline(results, split)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(Path(__file__).with_name("report.html").read_text("utf-8"))
+    lambda_curves = (results.get("lambda_curves") or {}).get("validation") or {}
+    return template.render(
+        verdict=verdict,
+        sentences=sentences,
+        split=split,
+        headings=headings(split),
+        rows=table_rows(results, split),
+        validation_rows=table_rows(results, "validation") if "validation" in results else [],
+        validation_headings=headings("validation"),
+        notes=table_notes(results, split),
+        perplexity_svg=_svg(plots.perplexity_plot(results, split)),
+        lambda_svg=_svg(plots.lambda_plot(lambda_curves)),
+        stages=_stages(curves),
+        samples=[_sample(sample) for sample in results.get("samples") or []],
+        costs=_costs(results),
+        corpus=_facts(results.get("corpus") or {}),
+        config=canonical_json(results["config"]) if results.get("config") else "",
+        colours=plots.COLOUR_VARIABLES,
+    )
+
+
+def headline(results: Mapping[str, Any], split: str = "test") -> tuple[str, list[str]]:
+    """The outcome in plain words: one verdict, then sentences; also when memory did not help.
+
+    Raises:
+      UserError: the results have another schema or no such split.
+    """
+    figures = split_figures(results, split)
+    value = {s: v for s, v in figures["perplexity"].items() if s in SYSTEMS and is_number(v)}
+    base, memory = value.get("base"), value.get("base_plus_memory")
+    if base is None or memory is None:
+        known = ", ".join(f"{SYSTEMS[s]} {format_figure(value[s])}" for s in SYSTEMS if s in value)
+        return "Base and memory were not both evaluated.", [f"Perplexity: {known}."] if known else []
+    weight = (figures.get("details", {}).get("base_plus_memory") or {}).get("lambda")
+    sentences = []
+    change = memory / base - 1
+    if abs(change) < _NO_CHANGE:
+        verdict = f"The memory makes no difference: perplexity stays at {format_figure(base)}."
+    elif change < 0:
+        verdict = (
+            f"The memory lowers perplexity by {-change:.1%}, from {format_figure(base)} to "
+            f"{format_figure(memory)}."
+        )
+    else:
+        verdict = (
+            f"The memory did not help: perplexity rises by {change:.1%}, from {format_figure(base)} to "
+            f"{format_figure(memory)}."
+        )
+    if weight == 0:
+        sentences.append("The best λ on validation was 0, so base + memory is base alone.")
+    if "joint" in value:
+        sentences.append(_joint_sentence(memory, value["joint"]))
+    sentences += _knn_sentences(figures, value, base)
+    if "decoder_equal_params" in value:
+        sentences.append(_equal_size_sentence(value))
+    return verdict, sentences
+
+
+def _joint_sentence(memory: float, joint: float) -> str:
+    change = joint / memory - 1
+    if abs(change) < _NO_CHANGE:
+        return f"Joint training makes no further difference ({format_figure(joint)})."
+    if change < 0:
+        return f"Joint training lowers it by a further {-change:.1%}, to {format_figure(joint)}."
+    return f"Joint training did not help: it ends {change:.1%} higher, at {format_figure(joint)}."
+
+
+def _knn_sentences(figures: Mapping[str, Any], value: Mapping[str, float], base: float) -> list[str]:
+    gain = figures.get("gain_recovered") or {}
+    of = gain.get("of") if gain.get("of") in value else next((s for s in value if s.startswith("knn")), None)
+    if of is None:
+        return []
+    reached = f"{SYSTEMS[of]} search over the datastore, reaches {format_figure(value[of])}"
+    if value[of] >= base:
+        return [f"{reached}: no better than base, so there was no gain to recover."]
+    share = gain.get("share")
+    if not is_number(share):
+        return [f"{reached}."]
+    if share <= 0:
+        return [f"{reached}; the memory recovers none of that gain."]
+    return [f"{reached}; the memory has {share:.0%} of that gain in log perplexity, without any search."]
+
+
+def _equal_size_sentence(value: Mapping[str, float]) -> str:
+    equal = value["decoder_equal_params"]
+    ours = {"base + memory": value["base_plus_memory"]}
+    if "joint" in value:
+        ours["joint"] = value["joint"]
+    text = f"A decoder of equal size, trained with as many FLOPs, reaches {format_figure(equal)}"
+    beaten = [name for name, ppl in ours.items() if ppl < equal]
+    if len(beaten) == len(ours):
+        return f"{text}: worse than {' and '.join(beaten)}."
+    if not beaten:
+        return f"{text}: the memory is not the better use of those parameters here."
+    return f"{text}: worse than {beaten[0]}, but not worse than {next(n for n in ours if n not in beaten)}."
+
+
+def _svg(text: str | None) -> Markup | None:
+    # Made by plots.py, which escapes every label itself.
+    return None if text is None else Markup(text)
+
+
+def _stages(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Title, plot and last figures of each stage that logged anything, in the pipeline's order."""
+    stages = []
+    for stage in [*_STAGES, *sorted(set(curves) - set(_STAGES))]:
+        rows = curves.get(stage) or []
+        title = _STAGES.get(stage) or _inert(stage)
+        svg = plots.stage_plot(stage, title, rows)
+        if svg is None:
+            continue
+        names = {key for row in rows for key in row if key == "loss" or key.startswith("validation")}
+        last = {name: plots.metric_series(rows, name) for name in sorted(names)}
+        final = [f"{name.replace('_', ' ')} {series[-1][1]:.4g}" for name, series in last.items() if series]
+        steps = max(int(series[-1][0]) for series in last.values() if series)
+        stages.append({"title": title, "svg": Markup(svg), "final": f"Step {steps:,}: {', '.join(final)}."})
+    return stages
+
+
+def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A context with its distributions as rows of piece, bar width in per cent and probability."""
+    columns = {name: sample[name] for name in _COLUMNS if sample.get(name)}
+    tallest = max((p for pairs in columns.values() for _, p in pairs), default=0) or 1
+    context = str(sample.get("context", ""))
+    cut = len(context) > _CONTEXT_CHARACTERS
+    return {
+        "row": f"{sample['row']:,}" if is_number(sample.get("row")) else DASH,
+        "context": ("… " if cut else "") + _inert(context[-_CONTEXT_CHARACTERS:]),
+        "next": visible_piece(sample.get("next", "")),
+        "columns": [
+            {
+                "title": _COLUMNS[name],
+                "bars": [
+                    {
+                        "piece": visible_piece(piece),
+                        "width": f"{100 * p / tallest:.1f}",
+                        "share": _share(p),
+                        "hit": str(piece) == str(sample.get("next")),
+                    }
+                    for piece, p in pairs
+                ],
+            }
+            for name, pairs in columns.items()
+        ],
+    }
+
+
+def _share(p: float) -> str:
+    if p < 0.001:
+        return "<0.1%"
+    return f"{p:.1%}" if p < 0.0995 else f"{p:.0%}"
+
+
+def visible_piece(piece: Any) -> str:
+    """A vocabulary piece in which whitespace and control characters can be seen."""
+    marks = {" ": "␣", "\u2581": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
+    text = "".join(marks.get(c, c) for c in str(piece))
+    return _inert(text) or "∅"
+
+
+def _inert(text: str) -> str:
+    """The text with controls, direction marks and lone surrogates spelled out (newline and tab stay)."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else f"\\u{ord(c):04x}"
+        for c in text
+    )
+
+
+def _costs(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(model, parameters, training FLOPs) of each model and of base and memory together."""
+    counts, flops = results.get("parameters") or {}, results.get("training_flops") or {}
+
+    def total(of: Mapping[str, Any]) -> float | None:
+        parts = [of.get("base"), of.get("memory")]
+        return sum(parts) if all(map(is_number, parts)) else None
+
+    lines = [
+        (label, format_count(counts.get(name)), format_flops(flops.get(name)))
+        for name, label in _MODELS.items()
+        if name in counts or name in flops
+    ]
+    if total(counts) is not None:
+        lines.insert(2, ("base + memory", format_count(total(counts)), format_flops(total(flops))))
+    return lines
+
+
+def _facts(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested facts as sorted (dotted name, text) pairs."""
+    pairs = []
+    for name, value in sorted(facts.items()):
+        label = _inert(f"{prefix}{name.replace('_', ' ')}")
+        if isinstance(value, Mapping):
+            pairs += _facts(value, f"{label} · ")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            pairs.append((label, f"{value:,}"))
+        elif isinstance(value, float):
+            pairs.append((label, f"{value:.4g}"))
+        else:
+            pairs.append(
+                (label, _inert(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+            )
+    return pairs

@@ -1,0 +1,82 @@
+"""Neighbour lists: their order, the exclusion of a row itself, and recall@k.
+
+A neighbour list is a pair rows_Qxk (int64 rows of the stream, -1 where there is none) and
+sqdist_Qxk (float32 squared L2 distances, inf there), nearest first, ties by row.
+"""
+
+import numpy as np
+
+_LOW = np.uint64(0xFFFFFFFF)
+
+
+def nearest_first(rows_QxC: np.ndarray, sqdist_QxC: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Orders candidates by (distance, row) and keeps k.
+
+    Args:
+      rows_QxC: int64 rows, -1 where there is none; no row twice in a list.
+      sqdist_QxC: float32, not negative, inf where there is none.
+      k: length of the lists returned; short ones are padded.
+
+    Returns:
+      rows_Qxk int64 and sqdist_Qxk float32.
+    """
+    count = min(k, rows_QxC.shape[1])
+    if rows_QxC.max(initial=-1) < int(_LOW):
+        # A distance that is not negative orders as its bits do, so one integer sort does both keys.
+        bits_QxC = np.ascontiguousarray(sqdist_QxC, np.float32).view(np.uint32)
+        packed_QxC = bits_QxC.astype(np.uint64) << np.uint64(32)
+        packed_QxC |= rows_QxC.astype(np.uint64) & _LOW
+        packed_QxC.sort(axis=1)
+        packed_QxC = packed_QxC[:, :count]
+        sqdist = (packed_QxC >> np.uint64(32)).astype(np.uint32).view(np.float32)
+        rows = (packed_QxC & _LOW).astype(np.int64)
+    else:
+        order_QxC = np.lexsort((rows_QxC, sqdist_QxC), axis=1)[:, :count]
+        rows = np.take_along_axis(rows_QxC, order_QxC, axis=1)
+        sqdist = np.take_along_axis(sqdist_QxC, order_QxC, axis=1).astype(np.float32)
+    rows[np.isinf(sqdist)] = -1
+    short = ((0, 0), (0, k - count))
+    return np.pad(rows, short, constant_values=-1), np.pad(sqdist, short, constant_values=np.inf)
+
+
+def exclude_self(
+    rows_QxC: np.ndarray, sqdist_QxC: np.ndarray, query_rows_Q: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Drops each query's own row by identity, whatever its rank, and keeps k of the others.
+
+    Rows with the very same key stay. Where the query's row was not found, the farthest goes.
+
+    Args:
+      rows_QxC: int64 neighbour rows of a search for C = k + 1.
+      sqdist_QxC: float32 distances.
+      query_rows_Q: int64 row of each query.
+      k: neighbours kept.
+
+    Returns:
+      rows_Qxk int64 and sqdist_Qxk float32, order kept.
+
+    Raises:
+      ValueError: C is not k + 1.
+    """
+    if rows_QxC.shape[1] != k + 1:
+        raise ValueError(f"to keep {k} neighbours search for {k + 1}, not {rows_QxC.shape[1]}")
+    itself_QxC = rows_QxC == query_rows_Q[:, None]
+    dropped_Q = np.where(itself_QxC.any(axis=1), itself_QxC.argmax(axis=1), k)
+    columns_k = np.arange(k)
+    columns_Qxk = columns_k + (columns_k >= dropped_Q[:, None])
+    return np.take_along_axis(rows_QxC, columns_Qxk, 1), np.take_along_axis(sqdist_QxC, columns_Qxk, 1)
+
+
+def recall_at_k(found_rows_Qxk: np.ndarray, true_rows_Qxk: np.ndarray) -> float:
+    """Mean share of the true neighbours that were found, by identity; -1 counts on neither side.
+
+    Raises:
+      ValueError: there is no true neighbour at all.
+    """
+    true_count_Q = (true_rows_Qxk >= 0).sum(axis=1)
+    if not true_count_Q.any():
+        raise ValueError("recall of no neighbours")
+    hits_Q = np.array(
+        [np.isin(true[true >= 0], found).sum() for found, true in zip(found_rows_Qxk, true_rows_Qxk)]
+    )
+    return float((hits_Q[true_count_Q > 0] / true_count_Q[true_count_Q > 0]).mean())

@@ -1,0 +1,190 @@
+"""Distillation of the sparse kNN teacher into the memory."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from mlp_memory import artifacts
+from mlp_memory.artifacts import ArrayReader, Directory, Manifest, UserError
+from mlp_memory.corpus.stream import TokenStream
+from mlp_memory.memory.mlp import Memory, MemoryConfig
+from mlp_memory.memory.score import memory_log_probs
+from mlp_memory.targets.interpolation import best_lambda
+from mlp_memory.training import checkpoints
+from mlp_memory.training.batches import Batches
+from mlp_memory.training.config import TrainConfig
+from mlp_memory.training.loop import Task, compute_dtype, train
+from mlp_memory.training.sparse_head import named_logits, sparse_cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig(TrainConfig):
+    """Training of the memory; one step reads batch_size blocks of `block_rows` rows.
+
+    Attributes:
+      alpha: weight of the teacher; 1 − alpha is the weight of the true next token.
+      block_rows: consecutive rows that are read, and shuffled, as one.
+    """
+
+    alpha: float = 0.4
+    block_rows: int = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"distill.alpha = {self.alpha} must lie in [0, 1]")
+        if self.block_rows < 1:
+            raise UserError(f"distill.block_rows = {self.block_rows} must be 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationRows:
+    """Held-out rows: tapped states [N, D], base log p(next) [N] and the next tokens [N]."""
+
+    taps_NxD: np.ndarray
+    base_log_prob_N: np.ndarray
+    labels_N: np.ndarray
+
+
+class TargetSource:
+    """Training elements: blocks of rows with key, teacher and next token."""
+
+    def __init__(self, stream: TokenStream, keys: ArrayReader, targets: Directory, block_rows: int):
+        self._stream, self._keys, self._block = stream, keys, block_rows
+        self._ids, self._probs = ArrayReader(targets, "token_ids"), ArrayReader(targets, "probs")
+
+    def __len__(self) -> int:
+        return -(-len(self._stream) // self._block)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        start = index * self._block
+        stop = min(start + self._block, len(self._stream))
+        element = {
+            "h": self._keys[start:stop].astype(np.float32),
+            "token_ids": self._ids[start:stop].astype(np.int32),
+            "probs": self._probs[start:stop].astype(np.float32),
+            "labels": self._stream.labels(start, stop).astype(np.int32),
+            "weight": self._stream.has_next(start, stop).astype(np.float32),
+        }
+        pad = self._block - (stop - start)
+        padded = {k: np.pad(v, [(0, pad)] + [(0, 0)] * (v.ndim - 1)) for k, v in element.items()}
+        return {**padded, "rows": np.int64(start)}
+
+
+def distillation_loss(
+    model: Memory, batch: dict[str, jax.Array], alpha: float, key: jax.Array, dtype: Any, remat: str
+) -> jax.Array:
+    """Σ over rows of α·KL(p_kNN ‖ p_M) + (1 − α)·CE(y, p_M) + α·H(p_kNN), nats.
+
+    As one cross-entropy with t = α·p_kNN + (1 − α)·onehot(y) (PAPER.md, 3). A row whose
+    neighbours are too few for a distribution is trained on its next token alone.
+
+    Args:
+      model: the memory.
+      batch: h [..., D], token_ids and probs [..., m], labels and weight [...].
+      alpha: weight of the teacher.
+      key: dropout seed.
+      dtype: of the computation.
+      remat: see `scan_blocks`.
+    """
+    flat = {k: v.reshape(batch["labels"].size, *v.shape[batch["labels"].ndim :]) for k, v in batch.items()}
+    teacher_NxM = alpha * flat["probs"]
+    next_N = 1.0 - teacher_NxM.sum(-1)
+    ids_NxM1 = jnp.concatenate([flat["token_ids"], flat["labels"][:, None]], axis=-1)
+    weights_NxM1 = jnp.concatenate([teacher_NxM, next_N[:, None]], axis=-1) * flat["weight"][:, None]
+    hidden = model(flat["h"], key, dtype, remat)
+    z, lse = named_logits(hidden, model.head_kernel(), ids_NxM1)
+    return sparse_cross_entropy(z, lse, weights_NxM1).sum()
+
+
+def mixture_figures(base_log_prob_N: np.ndarray, memory_log_prob_N: np.ndarray) -> dict[str, float]:
+    """Validation figures of base and memory together, λ at its best."""
+    weight, nll = best_lambda(base_log_prob_N, memory_log_prob_N)
+    return {
+        "validation_loss": nll,
+        "validation_perplexity": float(np.exp(nll)),
+        "validation_lambda": weight,
+    }
+
+
+def distill(
+    directory: Directory,
+    manifest: Manifest,
+    model_config: MemoryConfig,
+    config: DistillConfig,
+    stream: TokenStream,
+    keys: ArrayReader,
+    targets: Directory,
+    validation: ValidationRows,
+    mesh: Mesh,
+) -> Manifest:
+    """Trains the memory on keys and teachers and publishes it as `directory`.
+
+    Args:
+      directory: where the artifact goes.
+      manifest: of that artifact, begun.
+      model_config: the shape, resolved.
+      config: how to train.
+      stream, keys, targets: what to train on, row by row.
+      validation: held-out rows.
+      mesh: devices.
+
+    Raises:
+      UserError: arrays that do not belong together, a loss that is not finite.
+    """
+    source = TargetSource(stream, keys, targets, config.block_rows)
+    if not len(stream) == len(keys) == len(ArrayReader(targets, "probs")):
+        raise UserError(
+            f"corpus, datastore and targets have {len(stream)}, {len(keys)} and "
+            f"{len(ArrayReader(targets, 'probs'))} rows: run embed and retrieve again"
+        )
+    dtype = compute_dtype(config.dtype)
+
+    def evaluate(model: Memory) -> dict[str, float]:
+        log_prob_N = memory_log_probs(model, validation.taps_NxD, validation.labels_N, mesh, dtype)
+        return {
+            **mixture_figures(validation.base_log_prob_N, log_prob_N),
+            "validation_memory_perplexity": float(np.exp(-log_prob_N.astype(np.float64).mean())),
+        }
+
+    task = Task(
+        name="distill",
+        make_model=lambda rngs: Memory(model_config, rngs),
+        loss=lambda model, frozen, batch, key: distillation_loss(
+            model, batch, config.alpha, key, dtype, config.remat
+        ),
+        batches=Batches(source, config.batch_size, config.seed),
+        evaluate=evaluate,
+        unit="rows",
+        unit_per_step=config.batch_size * config.block_rows,
+    )
+    rows = config.steps * task.unit_per_step
+    return train(
+        task,
+        directory,
+        manifest,
+        config,
+        mesh,
+        {
+            "model": dataclasses.asdict(model_config),
+            "train_flops": model_config.train_flops(rows),
+            "train_rows": rows,
+        },
+    )
+
+
+def load_memory(directory: Directory, mesh: Mesh) -> tuple[Memory, Manifest]:
+    """The published memory of an artifact.
+
+    Raises:
+      UserError: missing, unfinished or damaged.
+    """
+    manifest = artifacts.require(directory, "distill")
+    config = MemoryConfig(**manifest.facts["model"])
+    abstract = nnx.eval_shape(lambda: Memory(config, nnx.Rngs(0)))
+    return checkpoints.restore(directory, manifest, abstract, mesh), manifest

@@ -1,0 +1,86 @@
+"""One mesh for everything: axes slice, data, fsdp, tensor."""
+
+import dataclasses
+import os
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from mlp_memory.artifacts import UserError
+
+AXES = ("slice", "data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis.
+
+    Attributes:
+      data: copies of the model that read different batch parts; -1 takes what is left.
+      fsdp: devices that share parameters and optimizer state, and split the batch too.
+      tensor: devices that split heads, feed-forward and vocabulary.
+      slice: data-parallel groups joined by the data-centre network only.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    slice: int = 1
+
+    def sizes(self, devices: int) -> tuple[int, int, int, int]:
+        """Axis sizes in the order of `AXES`.
+
+        Raises:
+          UserError: they do not multiply to the number of devices.
+        """
+        fixed = self.slice * self.fsdp * self.tensor
+        if min(self.slice, self.fsdp, self.tensor) < 1 or (self.data < 1 and self.data != -1):
+            raise UserError(f"mesh sizes must be 1 or more (data may be -1): {self}")
+        data = devices // fixed if self.data == -1 else self.data
+        if data * fixed != devices or data < 1:
+            raise UserError(
+                f"mesh slice={self.slice} data={self.data} fsdp={self.fsdp} tensor={self.tensor} "
+                f"does not fit {devices} device(s): set mesh.data=-1 or other sizes"
+            )
+        return (self.slice, data, self.fsdp, self.tensor)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices (of all processes).
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = config.sizes(len(devices))
+    types = (AxisType.Auto,) * len(AXES)
+    if config.slice > 1 and len({getattr(d, "slice_index", 0) for d in devices}) > 1:
+        from jax.experimental import mesh_utils
+
+        grid = mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), (sizes[0], 1, 1, 1), devices)
+        return Mesh(grid, AXES, axis_types=types)
+    if len(devices) == len(jax.devices()) and len(devices) > 1:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
+
+
+def start_processes() -> None:
+    """Joins the processes of a multi-host job, where there are several.
+
+    Cloud TPUs, SLURM and Open MPI are recognised by JAX; anywhere else set
+    MLP_MEMORY_COORDINATOR=host:port, MLP_MEMORY_PROCESSES and MLP_MEMORY_PROCESS.
+    """
+    coordinator = os.environ.get("MLP_MEMORY_COORDINATOR")
+    if coordinator:
+        try:
+            count, index = int(os.environ["MLP_MEMORY_PROCESSES"]), int(os.environ["MLP_MEMORY_PROCESS"])
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                "MLP_MEMORY_COORDINATOR needs MLP_MEMORY_PROCESSES and MLP_MEMORY_PROCESS as whole numbers"
+            ) from error
+        jax.distributed.initialize(coordinator, count, index)
+    elif (
+        os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    ):
+        jax.distributed.initialize()

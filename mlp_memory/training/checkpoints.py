@@ -1,0 +1,138 @@
+"""Checkpoints by Orbax: the training state on the way, the model at the end.
+
+Layout of a model artifact: `steps/` (training state, gone once finished), `model/` (the
+result's parameters), `metrics.jsonl`, `manifest.json`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from mlp_memory import artifacts
+from mlp_memory.artifacts import Directory, Manifest, UserError
+from mlp_memory.parallel.sharding import state_shardings
+
+
+class StepCheckpoints:
+    """The training states of one run: asynchronous saves, the latest `keep` and the best.
+
+    Args:
+      directory: the model artifact.
+      keep: how many of the latest to keep.
+    """
+
+    def __init__(self, directory: Directory, keep: int):
+        policies = ocp.training.preservation_policies
+        self._directory = directory / "steps"
+        self._checkpointer = ocp.training.Checkpointer(
+            self._directory.location,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(keep),
+                    policies.BestN(
+                        get_metric_fn=lambda m: m["validation_loss"],
+                        reverse=True,
+                        n=1,
+                        keep_checkpoints_without_metrics=False,
+                    ),
+                ]
+            ),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The last whole checkpoint's step."""
+        found = self._checkpointer.latest
+        return None if found is None else found.step
+
+    def best(self) -> tuple[int, dict[str, float]]:
+        """The step with the lowest validation loss (the earliest of equals) and its figures."""
+        validated = [c for c in self._checkpointer.checkpoints if c.metrics is not None]
+        found = min(validated, key=lambda c: (c.metrics["validation_loss"], c.step))
+        return found.step, dict(found.metrics)
+
+    def save(self, step: int, state: Any, figures: dict[str, float] | None) -> None:
+        """Starts a save with its validation figures; returns before it is on disk."""
+        try:
+            self._checkpointer.save_async(step, state, metrics=figures)
+        except OSError as error:
+            raise UserError(f"cannot save {self._directory}: {artifacts.first_line(error)}") from error
+
+    def wait(self) -> None:
+        """Until every save is on disk."""
+        try:
+            self._checkpointer.wait()
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot save {self._directory}: {artifacts.first_line(error)}") from error
+
+    def load(self, step: int, abstract: Any) -> Any:
+        """The state of a step, in the shapes and shardings of `abstract`."""
+        return _load(lambda: self._checkpointer.load(step, abstract), f"{self._directory}/{step}")
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+
+def _load(read: Callable[[], Any], where: str) -> Any:
+    try:
+        return read()
+    except Exception as error:  # Orbax has no one class for "this checkpoint is damaged"
+        raise UserError(
+            f"cannot read checkpoint {where}: {artifacts.first_line(error)}; delete it and run the stage again"
+        ) from error
+
+
+@jax.jit
+def _checksums(params: Any) -> Any:
+    def one(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32).reshape(-1)
+        return (bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(one, params)
+
+
+def checksums(params: Any) -> dict[str, str]:
+    """A checksum per parameter, by path, that does not depend on how it is sharded."""
+    flat = nnx.traversals.flatten_mapping(_checksums(params))
+    return {".".join(map(str, path)): f"{int(value):08x}" for path, value in flat.items()}
+
+
+def publish(directory: Directory, manifest: Manifest, params: Any, **facts: Any) -> Manifest:
+    """Writes the result of a training and declares its artifact whole."""
+    ocp.save((directory / "model").location, params, overwrite=True)
+    return artifacts.finish(directory, manifest, checksums=checksums(params), **facts)
+
+
+def restore(directory: Directory, manifest: Manifest, model: nnx.Module, mesh: Mesh) -> nnx.Module:
+    """Fills an abstract model (`nnx.eval_shape`) with an artifact's parameters.
+
+    Raises:
+      UserError: the checkpoint is damaged or of another shape.
+    """
+    graphdef, state = nnx.split(model)
+    shardings = state_shardings(state, mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nnx.to_pure_dict(state), shardings
+    )
+    where = (directory / "model").location
+    params = _load(lambda: ocp.load(where, abstract), where)
+    wrong = [n for n, c in checksums(params).items() if manifest.facts["checksums"].get(n) != c]
+    if wrong:
+        raise UserError(
+            f"checkpoint {where}: {wrong[0]} is not what was saved; delete it and run the stage again"
+        )
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+def count_parameters(model: nnx.Module) -> int:
+    """Scalars in all parameters."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -1,0 +1,50 @@
+"""One writer: metrics.jsonl, which survives restarts without repeats, and TensorBoard."""
+
+import json
+from typing import Any
+
+import tensorboardX
+
+from mlp_memory.artifacts import Directory
+
+_FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Writes figures by step. Lines after `resume_step` of an earlier start are dropped.
+
+    Only figures that a repeated run would repeat go into metrics.jsonl; rates go to
+    TensorBoard alone.
+    """
+
+    def __init__(self, directory: Directory, resume_step: int):
+        self._directory = directory
+        self._lines = [line for line in read_metrics(directory) if line["step"] <= resume_step]
+        self._board = (
+            tensorboardX.SummaryWriter(str(directory.path / "tensorboard")) if directory.is_local else None
+        )
+
+    def write(self, step: int, figures: dict[str, float], rates: dict[str, float] | None = None) -> None:
+        """Adds one step's figures; `flush` puts them on disk."""
+        self._lines.append({"step": step, **figures})
+        if self._board is not None:
+            for name, value in {**figures, **(rates or {})}.items():
+                self._board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Replaces the file as a whole, so that it is never half a line."""
+        text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in self._lines)
+        self._directory.write(_FILE, text.encode())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        self.flush()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(directory: Directory) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; empty where there are none."""
+    data = directory.read(_FILE)
+    return [] if data is None else [json.loads(line) for line in data.decode().splitlines()]
