@@ -146,7 +146,7 @@ def _knn_sentences(figures: Mapping[str, Any], value: Mapping[str, float], base:
     of = gain.get("of") if gain.get("of") in value else next((s for s in value if s.startswith("knn")), None)
     if of is None:
         return []
-    reached = f"{SYSTEMS[of]} search over the datastore, reaches {format_figure(value[of])}"
+    reached = f"{SYSTEMS[of]}, searching the whole datastore, reaches {format_figure(value[of])}"
     if value[of] >= base:
         return [f"{reached}: no better than base, so there was no gain to recover."]
     share = gain.get("share")

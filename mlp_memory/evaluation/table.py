@@ -16,8 +16,8 @@ DASH = "–"
 # Every system that can be in the results, in the order of the table.
 SYSTEMS: dict[str, str] = {
     "base": "base",
-    "knn_lm_exact": "kNN-LM, exact",
-    "knn_lm_scann": "kNN-LM, ScaNN",
+    "knn_lm_exact": "kNN-LM (exact)",
+    "knn_lm_scann": "kNN-LM (ScaNN)",
     "base_plus_memory": "base + memory",
     "joint": "joint",
     "decoder_equal_params": "equal-size decoder",

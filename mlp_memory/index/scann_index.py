@@ -140,7 +140,9 @@ class ScannIndex:
     def search(self, queries_QxD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest rows of each query that were found, by squared L2 distance.
 
-        The same queries give the same result, on any number of threads.
+        The same queries give the same result, on any number of threads. Distances are sums of
+        squared differences; where a shard is searched by brute force they are expanded, with
+        a rounding of 1e-6·(|q|² + |k|²).
 
         Args:
           queries_QxD: float32.
@@ -257,8 +259,14 @@ def _build(keys_PxD: np.ndarray, leaves: int, dimensions_per_block: int) -> Any:
         builder.reorder(1)
     else:
         builder.score_brute_force()
-    with _quiet():
-        return builder.build()
+    try:
+        with _quiet():
+            return builder.build()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"ScaNN refuses {len(keys_PxD)} keys with {leaves} leaves, {dimensions_per_block} dimensions "
+            f"per block: {first_line(error)}"
+        ) from error
 
 
 @contextlib.contextmanager

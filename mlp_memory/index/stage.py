@@ -103,11 +103,12 @@ def _choose_search(index: ScannIndex, keys: Rows, valid_N: np.ndarray, config: I
     if not (true_rows >= 0).any():
         return 1.0  # a single key has no neighbours to miss
     best: tuple[float, int, int] | None = None
-    for index.reorder, index.leaves_to_search in _candidates(index.leaves, config, k):
+    for reorder, leaves_to_search in _candidates(index.leaves, config, k):
+        index.reorder, index.leaves_to_search = reorder, leaves_to_search
         found_rows, _ = exclude_self(*index.search(queries_QxD, k + 1), sample_Q, k)
         recall = round(recall_at_k(found_rows, true_rows), 6)
         if best is None or recall > best[0]:
-            best = (recall, index.reorder, index.leaves_to_search)
+            best = (recall, reorder, leaves_to_search)
         if recall >= config.target_recall:
             break
     recall, index.reorder, index.leaves_to_search = best

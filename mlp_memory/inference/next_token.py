@@ -47,7 +47,9 @@ class Predictor:
         memory_def, self._memory = (None, None) if memory is None else nnx.split(memory)
 
         @jax.jit
-        def predict(decoder_state: Any, memory_state: Any, tokens_1xT: jax.Array, last: jax.Array) -> NextToken:
+        def predict(
+            decoder_state: Any, memory_state: Any, tokens_1xT: jax.Array, last: jax.Array
+        ) -> NextToken:
             model = nnx.merge(decoder_def, decoder_state)
             hidden, tapped = model(tokens_1xT, tap=tap, dtype=dtype)
             base_V = jax.nn.log_softmax(model.logits(hidden[:, last])[0])

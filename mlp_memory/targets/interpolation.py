@@ -1,26 +1,10 @@
-"""Perplexity of interpolated models, from log probabilities of the true next token.
+"""Interpolation of a language model with its memory or with kNN, on held-out tokens.
 
-Everything here is a pure function of float arrays with one row per scored token
-(`_N`), in nats; no model and no corpus is known.
+p = λ·p_other + (1 − λ)·p_base (PAPER.md, 4). Pure functions of float arrays with one row per
+scored token (`_N`), in nats; no model and no corpus is known.
 """
 
-import math
-from typing import NamedTuple
-
 import numpy as np
-
-_BLOCK_ROWS = 256
-_MIN_DOCUMENTS = 10
-# Bounds the [samples, groups] counts of one bootstrap batch to 32 MiB.
-_COUNTS_PER_BATCH = 1 << 22
-
-
-class Interval(NamedTuple):
-    """A bootstrap interval of perplexity and what was resampled for it."""
-
-    low: float
-    high: float
-    method: str
 
 
 def lambda_grid() -> np.ndarray:
@@ -74,75 +58,6 @@ def best_lambda(
     nll_L = mixture_nll(base_N, other_N, lambdas_L)
     best = int(nll_L.argmin())
     return float(lambdas_L[best]), float(nll_L[best])
-
-
-def perplexity(nll_sum: float, count: int) -> float:
-    """exp(nll_sum / count). Per token with `count` tokens, per word with `count` words.
-
-    Raises:
-      ValueError: `count` is not positive.
-    """
-    if count <= 0:
-        raise ValueError(f"perplexity over {count} units")
-    with np.errstate(over="ignore"):
-        return float(np.exp(np.float64(nll_sum) / count))
-
-
-def bootstrap_interval(
-    nll_N: np.ndarray,
-    document_ids_N: np.ndarray,
-    samples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Interval:
-    """Percentile bootstrap interval of the per-token perplexity of `nll_N`.
-
-    Tokens of one document are not independent, so whole documents are drawn, with
-    replacement. Below ten documents, contiguous blocks of 256 rows take their place.
-
-    Args:
-      nll_N: nats of each scored token.
-      document_ids_N: integer that tells which document each row belongs to.
-      samples: number of resamples.
-      seed: of the resampling; equal arguments give equal intervals.
-      level: coverage in (0, 1).
-
-    Raises:
-      ValueError: shapes differ, there are no rows, or a value is not finite.
-    """
-    nll_N = np.asarray(nll_N, np.float64)
-    document_ids_N = np.asarray(document_ids_N)
-    if nll_N.ndim != 1 or nll_N.shape != document_ids_N.shape or not nll_N.size:
-        raise ValueError(
-            f"nll {nll_N.shape} and document ids {document_ids_N.shape} must be equal [N], N > 0"
-        )
-    if not np.isfinite(nll_N).all():
-        raise ValueError(f"row {int(np.isfinite(nll_N).argmin())} of nll is not finite")
-    group_N = np.unique(document_ids_N, return_inverse=True)[1].reshape(-1)
-    method = f"bootstrap over {group_N.max() + 1} documents"
-    if group_N.max() + 1 < _MIN_DOCUMENTS:
-        group_N = np.arange(nll_N.size) // _BLOCK_ROWS
-        blocks = int(group_N[-1]) + 1
-        method = f"bootstrap over {blocks} block{'s' if blocks > 1 else ''} of {_BLOCK_ROWS} tokens"
-    sums_G, counts_G = np.bincount(group_N, weights=nll_N), np.bincount(group_N)
-    groups = len(sums_G)
-    rng = np.random.default_rng(seed)
-    means = []
-    for start in range(0, samples, batch := max(1, _COUNTS_PER_BATCH // groups)):
-        drawn_SxG = rng.multinomial(groups, np.full(groups, 1 / groups), size=min(batch, samples - start))
-        # Elementwise and not `@`: BLAS adds in an order that depends on its thread count.
-        means.append((drawn_SxG * sums_G).sum(1) / (drawn_SxG * counts_G).sum(1))
-    low, high = np.exp(np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2]))
-    return Interval(float(low), float(high), method)
-
-
-def gain_recovered(base_nll: float, knn_nll: float, memory_nll: float) -> float | None:
-    """The memory's gain over base as a share of kNN-LM's, in log perplexity.
-
-    Returns None where kNN-LM gains nothing, since there is then nothing to recover.
-    """
-    gain = base_nll - knn_nll
-    return (base_nll - memory_nll) / gain if gain > 0 and math.isfinite(gain) else None
 
 
 def _checked(base_N: np.ndarray, other_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

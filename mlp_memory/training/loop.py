@@ -146,7 +146,7 @@ class _Reporter:
     def __init__(self, task: Task, config: TrainConfig, metrics: Metrics, bar: Progress):
         self._task, self._config, self._metrics, self._bar = task, config, metrics, bar
         self._rate = optimizer.schedule(config)
-        self._clock, self._pending = time.monotonic(), None
+        self._since, self._pending = None, None
 
     def take(self, done: int, figures: dict[str, jax.Array], rows: np.ndarray | None) -> None:
         """Holds the figures of a step just dispatched, and reports the one before."""
@@ -165,13 +165,18 @@ class _Reporter:
                 f"{self._task.name}: the loss is {found['loss']} at step {done}{where}: "
                 "lower learning_rate or look at these rows; the last checkpoint is kept"
             )
-        now = time.monotonic()
-        rate = self._task.unit_per_step / max(now - self._clock, 1e-9)
-        self._clock = now
-        self._bar.advance(1, loss=found["loss"], **{f"{self._task.unit}/s": rate})
+        self._bar.advance(1, loss=found["loss"])
         if done % self._config.log_every == 0:
             found["learning_rate"] = float(self._rate(done - 1))
-            self._metrics.write(done, found, {f"{self._task.unit}_per_second": rate})
+            self._metrics.write(done, found, self._speed(done))
+
+    def _speed(self, done: int) -> dict[str, float]:
+        """Units per second since the last line; compilation and validation count in."""
+        before, self._since = self._since, (done, time.monotonic())
+        if before is None:
+            return {}
+        units = (done - before[0]) * self._task.unit_per_step
+        return {f"{self._task.unit}_per_second": units / (self._since[1] - before[1])}
 
 
 class _StopRequest:

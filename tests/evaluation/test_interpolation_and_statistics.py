@@ -5,15 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from mlp_memory.evaluation.mixture import (
-    best_lambda,
-    bootstrap_interval,
-    gain_recovered,
-    lambda_grid,
-    mixture_nll,
-    mixture_rows,
-    perplexity,
-)
+from mlp_memory.evaluation.statistics import bootstrap_interval, gain_recovered, perplexity
+from mlp_memory.targets.interpolation import best_lambda, lambda_grid, mixture_nll, mixture_rows
 
 
 def random_log_probabilities(n: int) -> tuple[np.ndarray, np.ndarray]:

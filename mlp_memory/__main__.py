@@ -1,0 +1,210 @@
+"""python -m mlp_memory STAGE: flags and gin, nothing else."""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+from pathlib import Path
+
+import gin
+
+from mlp_memory import pipeline
+from mlp_memory.artifacts import Directory, UserError, first_line
+
+_SAVED = "config.gin"
+_EPILOG = """\
+A recipe is a gin file; gin_configs/recipes has some. Any of its values can be set on the
+command line:
+
+  python -m mlp_memory run --workdir=runs/demo --gin_file=gin_configs/recipes/demo.gin
+  python -m mlp_memory run --workdir=runs/mine --gin_file=gin_configs/recipes/demo.gin \\
+      --gin='corpus.source="text"' --gin='corpus.train_files=["notes/*.txt"]'
+  python -m mlp_memory generate --workdir=runs/demo --prompt='A list is'
+
+Once a workdir holds a stage, --gin_file may be left out: its config.gin is used.
+A killed run goes on where it stopped when the same command is given again.
+"""
+
+SECTIONS = {
+    field.name: gin.external_configurable(field.default_factory, name=field.name, module="mlp_memory")
+    for field in dataclasses.fields(pipeline.Config)
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mlp_memory",
+        description="Pretrain a decoder, build its kNN teacher, distil it into an MLP memory, measure both.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    commands = {
+        "run": "every stage that is not yet done",
+        **{stage.name: stage.help for stage in pipeline.STAGES},
+        "generate": "continue a prompt, with and without memory",
+        "status": "each stage's state, size and time",
+    }
+    for name, text in commands.items():
+        command = stages.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument(
+            "--workdir", required=True, help="folder of all artifacts: a path, gs:// or s3://"
+        )
+        command.add_argument("--gin_file", action="append", default=[], help="recipe; may be given again")
+        command.add_argument(
+            "--gin",
+            action="append",
+            default=[],
+            metavar="NAME.PARAM=VALUE",
+            help="binding; may be given again",
+        )
+        command.add_argument(
+            "--dry_run", action="store_true", help="print the resolved config with every shape, and stop"
+        )
+        if name == "generate":
+            command.add_argument("--prompt", required=True, help="text to continue")
+            command.add_argument(
+                "--model",
+                choices=("both", "base", "base_plus_memory", "joint"),
+                default="both",
+                help="both: base, then base with memory",
+            )
+    return parser
+
+
+def load_config(files: list[str], bindings: list[str], workdir: Directory) -> pipeline.Config:
+    """The config of these gin files and bindings; without files, of the workdir's config.gin.
+
+    Raises:
+      UserError: a file is missing, a name unknown, a value impossible.
+    """
+    gin.clear_config()
+    saved = [] if files else [workdir.read(_SAVED) if not workdir.is_local or workdir.path.is_dir() else None]
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(f"--gin_file {file!r} does not exist: gin_configs/recipes holds the recipes")
+        for folder in list(Path(file).resolve().parents)[:2]:
+            gin.add_config_file_search_path(str(folder))
+    try:
+        for text in saved:
+            gin.parse_config((text or b"").decode())
+        gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
+        return pipeline.Config(**{name: section() for name, section in SECTIONS.items()})
+    except UserError:
+        raise
+    except Exception as error:  # gin raises many kinds, and adds lines of its own to any of them
+        cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
+        raise UserError(_explain(cause)) from error
+
+
+def _explain(error: BaseException) -> str:
+    """gin's message in one line, with the nearest known name."""
+    text = " ".join(str(error).split())
+    unknown = [word.strip("'\"`.,:") for word in text.split()]
+    names = [f"{n}.{f.name}" for n, s in _sections().items() for f in dataclasses.fields(s)]
+    for word in unknown:
+        near = difflib.get_close_matches(word, [*SECTIONS, *names, *(n.split(".")[1] for n in names)], n=1)
+        if near and near[0] != word:
+            return f"gin: {text[:300]} (did you mean {near[0]!r}?)"
+    return f"gin: {text[:300]}"
+
+
+def _sections() -> dict[str, type]:
+    return {field.name: field.default_factory for field in dataclasses.fields(pipeline.Config)}
+
+
+def _run(args: argparse.Namespace, job: pipeline.Job) -> None:
+    """Does the first stage that is missing, then starts afresh for the next one.
+
+    Starting afresh in the same process id gives each stage an interpreter of its own, so
+    that training never runs beside TensorFlow, and a kill always hits the stage at work.
+    """
+    from mlp_memory.workdir import status_table
+
+    for stage in pipeline.STAGES:
+        if stage.wanted(job.config) and not stage.is_done(job):
+            print(f"--- {stage.name}: {stage.help}", file=sys.stderr, flush=True)
+            _work(job, stage)
+            sys.stdout.flush()
+            os.execv(sys.executable, [sys.executable, "-m", "mlp_memory", *sys.argv[1:]])
+    print(status_table(job), file=sys.stderr)
+    _show_results(job)
+
+
+def _work(job: pipeline.Job, stage: pipeline.Stage) -> None:
+    from mlp_memory.parallel.mesh import start_processes
+    from mlp_memory.workdir import exclusive, timed
+
+    start_processes()
+    with exclusive(job.workdir):
+        with timed(job.workdir, stage):
+            stage.work(job, job.workdir / stage.folder)
+        job.workdir.write(_SAVED, gin.operative_config_str().encode())
+
+
+def _show_results(job: pipeline.Job) -> None:
+    import json
+
+    from mlp_memory.evaluation.table import results_table
+
+    data = job.workdir.read("reports/results.json")
+    if data is not None:
+        print(results_table(json.loads(data)))
+        print(f"\nreport: {job.workdir}/reports/index.html")
+
+
+def _generate(args: argparse.Namespace, job: pipeline.Job) -> None:
+    for title, pieces in pipeline.continuations(job, args.prompt, args.model):
+        print(f"[{title}] {args.prompt}", end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print("\n" if args.model == "both" else "")
+
+
+def _dispatch(args: argparse.Namespace) -> None:
+    workdir = Directory(args.workdir)
+    config = load_config(args.gin_file, args.gin, workdir)
+    job = pipeline.Job(workdir, config)
+    if args.dry_run:
+        print(gin.operative_config_str())
+        print(pipeline.shapes_table(job))
+    elif args.stage == "run":
+        _run(args, job)
+    elif args.stage == "status":
+        from mlp_memory.workdir import status_table
+
+        print(status_table(job))
+    elif args.stage == "generate":
+        _generate(args, job)
+    else:
+        stage = pipeline.find_stage(args.stage)
+        if stage.is_done(job):
+            print(f"{stage.name}: done before, in {job.workdir / stage.folder}", file=sys.stderr)
+        else:
+            _work(job, stage)
+        if args.stage == "evaluate":
+            _show_results(job)
+
+
+def main() -> None:
+    """Runs one command; ends with exit code 2 and one line for anything the user can mend."""
+    args = _parser().parse_args()
+    try:
+        _dispatch(args)
+    except UserError as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""What is evaluated."""
+
+import dataclasses
+
+from mlp_memory.artifacts import UserError, runtime
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Held-out perplexity and samples.
+
+    Attributes:
+      max_rows: rows scored per split, from its start; 0 for all.
+      samples: contexts for which the report shows what each system predicts.
+      bootstrap: resamples behind the intervals.
+      chunk_rows: rows scored and saved at a time.
+    """
+
+    max_rows: int = 0
+    samples: int = 8
+    bootstrap: int = 1000
+    chunk_rows: int = runtime(8192)
+
+    def __post_init__(self):
+        if self.max_rows < 0 or self.samples < 0 or self.bootstrap < 1 or self.chunk_rows < 1:
+            raise UserError(f"evaluate: numbers must not be negative: {self}")

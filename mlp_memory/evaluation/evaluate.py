@@ -1,0 +1,125 @@
+"""From scored rows to results.json: λ and τ chosen on validation, everything reported on test."""
+
+from typing import Any
+
+import numpy as np
+
+from mlp_memory.evaluation.statistics import bootstrap_interval, gain_recovered, perplexity
+from mlp_memory.targets.interpolation import best_lambda, lambda_grid, mixture_nll, mixture_rows
+
+_MIXTURES = {
+    "knn_lm_exact": ("base", "knn_lm_exact"),
+    "knn_lm_scann": ("base", "knn_lm_scann"),
+    "base_plus_memory": ("base", "base_memory"),
+    "joint": ("joint", "joint_memory"),
+}
+"""System -> the arrays it interpolates: language model, memory or kNN."""
+
+_ALONE = ("base", "decoder_equal_params")
+
+Scored = dict[str, np.ndarray]
+
+
+def summarize(
+    splits: dict[str, Scored],
+    documents: dict[str, np.ndarray],
+    words: dict[str, int],
+    temperatures: tuple[float, ...],
+    k: int,
+    bootstrap: int,
+) -> dict[str, Any]:
+    """Perplexities of every system on every split, λ and τ chosen on "validation".
+
+    Args:
+      splits: per split the arrays of `score.score_split`, nats, one row per scored token.
+      documents: per split the document of each scored token.
+      words: per split the words that the scored tokens spell, for per-word perplexity.
+      temperatures: τ of the columns of the kNN-LM arrays.
+      k: neighbours of kNN-LM.
+      bootstrap: resamples of the intervals.
+
+    Returns:
+      The "validation" and "test" parts of results.json and "lambda_curves".
+    """
+    choices = {
+        name: _choose(splits["validation"], name, temperatures) for name in _systems(splits["validation"])
+    }
+    results: dict[str, Any] = {"lambda_curves": {"validation": {"lambdas": lambda_grid().tolist()}}}
+    curves = results["lambda_curves"]["validation"]
+    for name, (_, column) in choices.items():
+        if name in _MIXTURES:
+            base, other = _parts(splits["validation"], name, column)
+            curves[name] = np.exp(mixture_nll(base, other, lambda_grid())).tolist()
+    for split, scored in splits.items():
+        nll = {name: _rows(scored, name, *choices[name]) for name in choices}
+        results[split] = {
+            "perplexity": {name: perplexity(n.sum(), len(n)) for name, n in nll.items()},
+            "details": {
+                name: _details(
+                    name, n, documents[split], words[split], choices[name], temperatures, k, bootstrap
+                )
+                for name, n in nll.items()
+            },
+            "gain_recovered": {
+                "of": "knn_lm_exact",
+                "share": gain_recovered(
+                    nll["base"].mean(), nll["knn_lm_exact"].mean(), nll["base_plus_memory"].mean()
+                ),
+            },
+        }
+    return results
+
+
+def _systems(scored: Scored) -> list[str]:
+    order = ["base", *_MIXTURES, "decoder_equal_params"]
+    return [
+        n for n in order if (n in _ALONE and n in scored) or (n in _MIXTURES and _MIXTURES[n][1] in scored)
+    ]
+
+
+def _parts(scored: Scored, name: str, column: int | None) -> tuple[np.ndarray, np.ndarray]:
+    base, other = (scored[part] for part in _MIXTURES[name])
+    return base, other if column is None else other[:, column]
+
+
+def _choose(scored: Scored, name: str, temperatures: tuple[float, ...]) -> tuple[float, int | None]:
+    """λ, and for kNN-LM the column of τ, with the least validation loss."""
+    if name in _ALONE:
+        return 0.0, None
+    if not name.startswith("knn_lm"):
+        return best_lambda(*_parts(scored, name, None))[0], None
+    found = [best_lambda(*_parts(scored, name, column)) for column in range(len(temperatures))]
+    column = int(np.argmin([nll for _, nll in found]))
+    return found[column][0], column
+
+
+def _rows(scored: Scored, name: str, weight: float, column: int | None) -> np.ndarray:
+    """Nats per scored token, float64."""
+    if name in _ALONE:
+        return -scored[name].astype(np.float64)
+    return mixture_rows(*_parts(scored, name, column), weight)
+
+
+def _details(
+    name: str,
+    nll_N: np.ndarray,
+    documents_N: np.ndarray,
+    words: int,
+    choice: tuple[float, int | None],
+    temperatures: tuple[float, ...],
+    k: int,
+    bootstrap: int,
+) -> dict[str, Any]:
+    interval = bootstrap_interval(nll_N, documents_N, samples=bootstrap)
+    weight, column = choice
+    return {
+        "lambda": weight,
+        "tau": None if column is None else temperatures[column],
+        "k": None if column is None else k,
+        "scored_tokens": len(nll_N),
+        "per_token": perplexity(nll_N.sum(), len(nll_N)),
+        "per_word": perplexity(nll_N.sum(), words),
+        "words": words,
+        "interval": [interval.low, interval.high],
+        "interval_method": interval.method,
+    }

@@ -1,0 +1,142 @@
+"""Every system's log-probability of the true next token, row by row of a held-out split."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from jax.sharding import Mesh
+
+from mlp_memory import artifacts
+from mlp_memory.artifacts import ArrayReader, ArraySpec, ChunkWriter, Directory
+from mlp_memory.corpus.stream import TokenStream
+from mlp_memory.datastore.embed import EmbedConfig
+from mlp_memory.decoder.score import RowReader
+from mlp_memory.decoder.transformer import Decoder
+from mlp_memory.index.exact import exact_search
+from mlp_memory.inference.next_token import Predictor
+from mlp_memory.memory.mlp import Memory
+from mlp_memory.memory.score import memory_log_probs
+from mlp_memory.targets.knn import knn_log_prob
+from mlp_memory.training.progress import Progress
+
+Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+"""(queries [Q, D], k) -> rows [Q, k], squared distances [Q, k]."""
+
+_FLOOR = -1e4
+"""Stands for log 0 in the arrays, which hold finite numbers only; e^-10000 is 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Systems:
+    """What is compared.
+
+    Attributes:
+      base, joint, baseline: readers of the decoders; the last may be None.
+      decoder: the base model itself, for samples.
+      memory: read with the taps of base and of joint.
+      keys, valid_N, labels_N: the datastore, its rows with a next token, and those tokens.
+      scann: approximate search.
+      k: neighbours of kNN-LM.
+      temperatures: τ grid of kNN-LM.
+      mesh: devices.
+    """
+
+    decoder: Decoder
+    base: RowReader
+    joint: RowReader
+    baseline: RowReader | None
+    memory: Memory
+    keys: ArrayReader
+    valid_N: np.ndarray
+    labels_N: np.ndarray
+    scann: Search
+    k: int
+    temperatures: tuple[float, ...]
+    mesh: Mesh
+
+    def exact(self, queries_QxD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Exact search over the datastore."""
+        return exact_search(self.keys, self.valid_N, queries_QxD, k)
+
+    def predictor(self, weight: float, embed: EmbedConfig) -> Predictor:
+        """Base and memory at one λ, over the whole vocabulary."""
+        return Predictor(self.decoder, self.memory, weight, embed.tap, embed.context)
+
+    def knn(self, search: Search, taps_QxD: np.ndarray, next_Q: np.ndarray) -> np.ndarray:
+        """log p_kNN(next token), [Q, temperatures]."""
+        rows_Qxk, sqdist_Qxk = search(taps_QxD, self.k)
+        found = knn_log_prob(rows_Qxk, sqdist_Qxk, self.labels_N[rows_Qxk], self.temperatures, next_Q)
+        return np.maximum(found, _FLOOR).T
+
+
+def arrays_of(num_temperatures: int, baseline: bool, rows: int, chunk_rows: int) -> dict[str, ArraySpec]:
+    """The arrays of a scored split; kNN-LM has one column per temperature."""
+    names = ("base", "base_memory", "joint", "joint_memory")
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (rows,))
+    shapes |= dict.fromkeys(("knn_lm_exact", "knn_lm_scann"), (rows, num_temperatures))
+    if baseline:
+        shapes["decoder_equal_params"] = (rows,)
+    return {name: ArraySpec(shape, "float32", chunk_rows) for name, shape in shapes.items()}
+
+
+def score_split(
+    directory: Directory,
+    what: str,
+    systems: Callable[[], Systems],
+    arrays: dict[str, ArraySpec],
+    stream: TokenStream,
+    rows: int,
+    config: dict,
+    parents: dict[str, str],
+) -> dict[str, np.ndarray]:
+    """Scores rows 0..rows of a split, or reads what an earlier start scored.
+
+    Args:
+      directory: where the log-probabilities are kept.
+      what: the split's name.
+      systems: makes the models; called only if something is missing.
+      arrays: see `arrays_of`.
+      stream: the split.
+      rows: how many of its rows.
+      config, parents: for the manifest.
+
+    Returns:
+      The arrays at the rows that have a next token, float32.
+    """
+    manifest = artifacts.begin(directory, "scored_rows", config, parents, arrays)
+    if not manifest.finished:
+        writer = ChunkWriter(directory, manifest)
+        missing = writer.missing()
+        done = rows - sum(b - a for a, b in map(writer.rows, missing))
+        with Progress(f"evaluate: {what}", rows, "rows", done=done) as bar:
+            for chunk in missing:
+                start, stop = writer.rows(chunk)
+                writer.write(chunk, **_score_rows(systems(), stream, start, stop, arrays))
+                bar.advance(stop - start)
+        writer.finish()
+    scored = stream.has_next(0, rows)
+    return {name: ArrayReader(directory, name)[0:rows][scored] for name in arrays}
+
+
+def _score_rows(
+    systems: Systems, stream: TokenStream, start: int, stop: int, arrays: dict[str, ArraySpec]
+) -> dict[str, np.ndarray]:
+    scored = stream.has_next(start, stop)
+    next_N = stream.labels(start, stop)[scored]
+    found = {}
+    taps, log_prob = systems.base.taps_and_log_probs(stream, start, stop)
+    found["base"], taps = log_prob[scored], taps[scored]
+    found["base_memory"] = memory_log_probs(systems.memory, taps, next_N, systems.mesh)
+    found["knn_lm_exact"] = systems.knn(systems.exact, taps, next_N)
+    found["knn_lm_scann"] = systems.knn(systems.scann, taps, next_N)
+    taps, log_prob = systems.joint.taps_and_log_probs(stream, start, stop)
+    found["joint"] = log_prob[scored]
+    found["joint_memory"] = memory_log_probs(systems.memory, taps[scored], next_N, systems.mesh)
+    if systems.baseline is not None:
+        _, log_prob = systems.baseline.taps_and_log_probs(stream, start, stop)
+        found["decoder_equal_params"] = log_prob[scored]
+    values = {}
+    for name, spec in arrays.items():
+        values[name] = np.zeros((stop - start, *spec.shape[1:]), np.float32)
+        values[name][scored] = found[name]
+    return values

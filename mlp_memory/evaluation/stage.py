@@ -1,0 +1,114 @@
+"""The evaluate stage: scores the held-out splits, writes results.json and the report."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mlp_memory import artifacts
+from mlp_memory.artifacts import Directory, Manifest
+from mlp_memory.corpus.stream import TokenStream
+from mlp_memory.corpus.vocabulary import Vocabulary
+from mlp_memory.datastore.embed import EmbedConfig
+from mlp_memory.evaluation.config import EvaluateConfig
+from mlp_memory.evaluation.evaluate import summarize
+from mlp_memory.evaluation.report import write_report
+from mlp_memory.evaluation.samples import sample_predictions
+from mlp_memory.evaluation.score import Systems, arrays_of, score_split
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What evaluation reads.
+
+    Attributes:
+      config: what to evaluate.
+      streams: "validation" and "test".
+      vocabulary: names tokens and counts words.
+      systems: loads every model; called only if rows are still to be scored or sampled.
+      embed: how rows are read.
+      targets, index: facts of these artifacts.
+      trained: facts of each training, by stage; "baseline" may be absent.
+      curves: metrics of each training, by stage.
+      settings: the resolved config, for the record.
+      corpus: facts of each split.
+    """
+
+    config: EvaluateConfig
+    streams: dict[str, TokenStream]
+    vocabulary: Vocabulary
+    systems: Callable[[], Systems]
+    embed: EmbedConfig
+    targets: dict[str, Any]
+    index: dict[str, Any]
+    trained: dict[str, dict[str, Any]]
+    curves: dict[str, list[dict[str, Any]]]
+    settings: dict[str, Any]
+    corpus: dict[str, dict[str, Any]]
+
+
+def temperatures(targets: dict[str, Any]) -> tuple[float, ...]:
+    """τ tried for kNN-LM: what the targets' own choice was made from, or the one given."""
+    return tuple(targets["temperature_choice"].get("temperatures", [targets["temperature"]]))
+
+
+def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[str, Any]:
+    """Writes WORKDIR/reports and returns what results.json holds."""
+    config, grid = inputs.config, temperatures(inputs.targets)
+    scored, documents, words = {}, {}, {}
+    for split, stream in inputs.streams.items():
+        rows = min(config.max_rows or len(stream), len(stream))
+        arrays = arrays_of(len(grid), "baseline" in inputs.trained, rows, config.chunk_rows)
+        scored[split] = score_split(
+            directory / f"rows/{split}",
+            split,
+            inputs.systems,
+            arrays,
+            stream,
+            rows,
+            manifest.config,
+            manifest.parents,
+        )
+        documents[split] = stream.document_ids(0, rows)[stream.has_next(0, rows)]
+        words[split] = stream.words if rows == len(stream) else _count_words(stream, rows, inputs.vocabulary)
+    results = summarize(scored, documents, words, grid, inputs.targets["k"], config.bootstrap)
+    trained = inputs.trained
+    names = {"base": "pretrain", "memory": "distill", "joint": "joint", "decoder_equal_params": "baseline"}
+    results |= {
+        "schema": 1,
+        "parameters": {
+            n: trained[s]["parameters"] for n, s in names.items() if n != "joint" and s in trained
+        },
+        "training_flops": {n: trained[s]["train_flops"] for n, s in names.items() if s in trained},
+        "recall": {"k": inputs.index["recall_k"], "value": inputs.index["recall"]},
+        "teacher": {name: value for name, value in inputs.targets.items() if name != "temperature_choice"},
+        "samples": _samples(inputs, results),
+        "config": inputs.settings,
+        "corpus": inputs.corpus,
+    }
+    directory.write("results.json", artifacts.canonical_json(results).encode())
+    write_report(directory, results, inputs.curves)
+    artifacts.finish(directory, manifest)
+    return results
+
+
+def _count_words(stream: TokenStream, rows: int, vocabulary: Vocabulary) -> int:
+    """Words spelt by the first `rows` tokens, document by document."""
+    bounds = [int(b) for b in stream.bounds_D1 if b < rows] + [rows]
+    texts = (vocabulary.decode(stream.tokens[a:b].astype(int).tolist()) for a, b in zip(bounds, bounds[1:]))
+    return max(1, sum(len(text.split()) for text in texts))
+
+
+def _samples(inputs: Inputs, results: dict[str, Any]) -> list[dict[str, Any]]:
+    config = inputs.config
+    if not config.samples:
+        return []
+    systems, stream = inputs.systems(), inputs.streams["test"]
+    rows = min(config.max_rows or len(stream), len(stream))
+    details = results["test"]["details"]
+    predictor = systems.predictor(details["base_plus_memory"]["lambda"], inputs.embed)
+    tau = details["knn_lm_exact"]["tau"]
+    rows_at = np.flatnonzero(stream.has_next(0, rows))
+    chosen = rows_at[(np.arange(config.samples) * 2 + 1) * len(rows_at) // (2 * config.samples)]
+    return sample_predictions(stream, chosen, predictor, systems, tau, inputs.vocabulary)

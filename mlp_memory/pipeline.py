@@ -1,0 +1,528 @@
+"""The stages in order: what each reads, what it writes, and when it has nothing to do.
+
+A stage reads finished artifacts under WORKDIR and writes one. Heavy packages are imported
+inside the stage that needs them: a training process never loads TensorFlow, seqio or ScaNN.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from mlp_memory import artifacts
+from mlp_memory.artifacts import ArraySpec, Directory, Manifest, config_dict
+from mlp_memory.corpus.config import CorpusConfig
+from mlp_memory.datastore.embed import EmbedConfig, embed, key_spec
+from mlp_memory.decoder.config import DecoderConfig
+from mlp_memory.decoder.pretrain import (
+    PretrainConfig,
+    equal_parameters,
+    load_decoder,
+    pretrain,
+)
+from mlp_memory.evaluation.config import EvaluateConfig
+from mlp_memory.index.config import IndexConfig
+from mlp_memory.inference.generate import GenerateConfig
+from mlp_memory.joint.train import JointConfig, train_joint
+from mlp_memory.memory.distill import DistillConfig, ValidationRows, distill, load_memory
+from mlp_memory.memory.mlp import MemoryConfig
+from mlp_memory.parallel.mesh import MeshConfig, make_mesh
+from mlp_memory.targets.config import RetrieveConfig
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from mlp_memory.corpus.stream import TokenStream
+
+
+@dataclasses.dataclass(frozen=True)
+class BaselineConfig:
+    """The decoder-only peer: as many parameters, and as many training FLOPs, as decoder and
+    memory together.
+
+    Attributes:
+      enabled: False leaves the stage, and its row in the results, out.
+      learning_rate: 0 takes pretraining's.
+    """
+
+    enabled: bool = True
+    learning_rate: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every section of a recipe; a field's name is its gin name."""
+
+    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
+    decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    pretrain: PretrainConfig = dataclasses.field(default_factory=PretrainConfig)
+    embed: EmbedConfig = dataclasses.field(default_factory=EmbedConfig)
+    index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
+    retrieve: RetrieveConfig = dataclasses.field(default_factory=RetrieveConfig)
+    memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    joint: JointConfig = dataclasses.field(default_factory=JointConfig)
+    baseline: BaselineConfig = dataclasses.field(default_factory=BaselineConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+class Job:
+    """A workdir and a config: paths, opened corpora, the mesh, each made when first asked for."""
+
+    def __init__(self, workdir: Directory, config: Config):
+        self.workdir, self.config = workdir, config
+
+    def stream(self, split: str) -> "TokenStream":
+        """A split of the corpus."""
+        from mlp_memory.corpus.stream import TokenStream
+
+        return TokenStream.open(self.workdir / f"corpus/{split}")
+
+    @functools.cached_property
+    def mesh(self) -> "Mesh":
+        return make_mesh(self.config.mesh)
+
+    def manifest(self, name: str) -> Manifest:
+        """The finished manifest of a parent artifact."""
+        stage = next(s for s in STAGES if name == s.folder or name.startswith(s.folder + "/"))
+        return artifacts.require(self.workdir / name, stage.name)
+
+    def fingerprints(self, *names: str) -> dict[str, str]:
+        """Parents for a manifest; they must be finished."""
+        return {name: self.manifest(name).fingerprint for name in names}
+
+    @functools.cached_property
+    def decoder_config(self) -> DecoderConfig:
+        """The decoder's shape over the corpus vocabulary."""
+        return self.config.decoder.with_vocabulary(self.manifest("corpus/train").facts["vocab_size"])
+
+    @functools.cached_property
+    def memory_config(self) -> MemoryConfig:
+        """The memory's shape for the keys and the vocabulary."""
+        vocab_size = self.manifest("corpus/train").facts["vocab_size"]
+        return self.config.memory.resolved(self.manifest("datastore").facts["dim"], vocab_size)
+
+    def baseline_configs(self) -> tuple[DecoderConfig, PretrainConfig]:
+        """Shape and training of the equal-parameter decoder."""
+        base, memory = self.manifest("decoder").facts, self.manifest("memory").facts
+        shape = equal_parameters(self.decoder_config, base["parameters"] + memory["parameters"])
+        config = self.config.pretrain
+        per_step = shape.train_flops(config.batch_size * config.context, config.context)
+        steps = round((base["train_flops"] + memory["train_flops"]) / per_step)
+        rate = self.config.baseline.learning_rate or config.learning_rate
+        return shape, dataclasses.replace(config, steps=steps, learning_rate=rate)
+
+    def held_out(self, split: str, rows: int) -> ValidationRows:
+        """Tapped states, base log-probabilities and next tokens of a split's first rows."""
+        stream = self.stream(split)
+        rows = min(rows or len(stream), len(stream))
+        decoder, _ = load_decoder(self.workdir / "decoder", "pretrain", self.mesh)
+        taps, log_prob = self.config.embed.reader(decoder, self.mesh).taps_and_log_probs(stream, 0, rows)
+        scored = stream.has_next(0, rows)
+        return ValidationRows(taps[scored], log_prob[scored], stream.labels(0, rows)[scored])
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A step from finished artifacts to one more.
+
+    Attributes:
+      name: on the command line.
+      folder: the artifact under WORKDIR.
+      help: one line.
+      settings: what of the config decides the artifact's bytes, as in its manifest.
+      parents: artifacts it is made from.
+      work: makes it.
+      wanted: whether a config asks for it.
+      parts: the artifacts inside the folder, where it is not one itself.
+    """
+
+    name: str
+    folder: str
+    help: str
+    settings: Callable[[Job], dict[str, Any]]
+    parents: Callable[[Config], tuple[str, ...]]
+    work: Callable[[Job, Directory], None]
+    wanted: Callable[[Config], bool] = lambda config: True
+    parts: tuple[str, ...] = ()
+
+    def is_done(self, job: Job) -> bool:
+        """Whether the artifact is whole, undamaged at first sight and made from what is there now.
+
+        Raises:
+          UserError: it was made otherwise, a parent changed, or a file is damaged.
+        """
+        names = [f"{self.folder}/{part}" for part in self.parts] or [self.folder]
+        directories = [job.workdir / name for name in names]
+        found = [artifacts.peek(directory) for directory in directories]
+        for directory, manifest in zip(directories, found):
+            if manifest is not None and manifest.finished:
+                artifacts.require(directory, self.name)
+            if manifest is not None and not self.parts:
+                parents = job.fingerprints(*self.parents(job.config))
+                wanted = Manifest(manifest.kind, self.settings(job), parents)
+                artifacts.require_same(directory, manifest, wanted)
+        return all(manifest is not None and manifest.finished for manifest in found)
+
+
+def _begin(
+    stage: str, kind: str, job: Job, directory: Directory, arrays: dict[str, ArraySpec] | None = None
+) -> Manifest:
+    this = find_stage(stage)
+    parents = job.fingerprints(*this.parents(job.config))
+    return artifacts.begin(directory, kind, this.settings(job), parents, arrays)
+
+
+def _tokenize(job: Job, directory: Directory) -> None:
+    from mlp_memory.corpus.tokenize import tokenize
+
+    tokenize(directory, job.config.corpus)
+
+
+def _pretrain(job: Job, directory: Directory) -> None:
+    manifest = _begin("pretrain", "decoder", job, directory)
+    streams = (job.stream("train"), job.stream("validation"))
+    pretrain(directory, manifest, job.decoder_config, job.config.pretrain, *streams, job.mesh)
+
+
+def _embed(job: Job, directory: Directory) -> None:
+    decoder, _ = load_decoder(job.workdir / "decoder", "pretrain", job.mesh)
+    stream = job.stream("train")
+    spec = key_spec(job.config.embed, len(stream), decoder.config.dim)
+    manifest = _begin("embed", "datastore", job, directory, {"keys": spec})
+    embed(directory, manifest, job.config.embed, decoder, stream, job.mesh)
+
+
+def _index(job: Job, directory: Directory) -> None:
+    from mlp_memory.index.stage import build_index
+
+    keys = artifacts.ArrayReader(job.workdir / "datastore", "keys")
+    parents = job.fingerprints("datastore")
+    build_index(
+        directory, keys, parents["datastore"], job.stream("train"), job.config.index, job.config.retrieve.k
+    )
+
+
+def _retrieve(job: Job, directory: Directory) -> None:
+    from mlp_memory.index.scann_index import ScannIndex
+    from mlp_memory.targets.retrieve import Validation, retrieve
+
+    config, validation = job.config.retrieve, None
+    if config.temperature == "auto":
+        rows = job.held_out("validation", 0)
+        validation = Validation(rows.taps_NxD, rows.base_log_prob_N, rows.labels_N)
+    keys = artifacts.ArrayReader(job.workdir / "datastore", "keys")
+    index = ScannIndex.load(job.workdir / "index")
+    parents = job.fingerprints(*find_stage("retrieve").parents(job.config))
+    retrieve(directory, job.stream("train"), keys, index, parents, config, validation)
+
+
+def _distill(job: Job, directory: Directory) -> None:
+    manifest = _begin("distill", "memory", job, directory)
+    config = job.config.distill
+    distill(
+        directory,
+        manifest,
+        job.memory_config,
+        config,
+        job.stream("train"),
+        artifacts.ArrayReader(job.workdir / "datastore", "keys"),
+        job.workdir / "targets",
+        job.held_out("validation", config.eval_rows),
+        job.mesh,
+    )
+
+
+def _joint(job: Job, directory: Directory) -> None:
+    manifest = _begin("joint", "joint", job, directory)
+    decoder, _ = load_decoder(job.workdir / "decoder", "pretrain", job.mesh)
+    memory, found = load_memory(job.workdir / "memory", job.mesh)
+    train_joint(
+        directory,
+        manifest,
+        job.config.joint,
+        job.config.embed,
+        decoder,
+        memory,
+        found.facts["validation"]["validation_lambda"],
+        job.stream("train"),
+        job.stream("validation"),
+        job.mesh,
+    )
+
+
+def _baseline(job: Job, directory: Directory) -> None:
+    manifest = _begin("baseline", "baseline", job, directory)
+    shape, config = job.baseline_configs()
+    pretrain(directory, manifest, shape, config, job.stream("train"), job.stream("validation"), job.mesh)
+
+
+def _evaluate(job: Job, directory: Directory) -> None:
+    from mlp_memory.corpus.vocabulary import Vocabulary
+    from mlp_memory.evaluation import stage
+    from mlp_memory.training.metrics import read_metrics
+
+    manifest = _begin("evaluate", "report", job, directory)
+    trained = {"pretrain": "decoder", "distill": "memory", "joint": "joint"}
+    if job.config.baseline.enabled:
+        trained["baseline"] = "baseline"
+    facts = {name: job.manifest(folder).facts for name, folder in trained.items()}
+    corpora = {split: job.stream(split) for split in ("validation", "test", "train")}
+    stage.evaluate(
+        directory,
+        manifest,
+        stage.Inputs(
+            config=job.config.evaluate,
+            streams={split: corpora[split] for split in ("validation", "test")},
+            vocabulary=Vocabulary.load(job.workdir / "corpus/vocabulary"),
+            systems=functools.cache(lambda: _systems(job)),
+            embed=job.config.embed,
+            targets=job.manifest("targets").facts,
+            index=job.manifest("index").facts,
+            trained=facts,
+            curves={name: read_metrics(job.workdir / folder) for name, folder in trained.items()},
+            settings=config_json(job.config),
+            corpus={split: stream.manifest.facts for split, stream in corpora.items()},
+        ),
+    )
+
+
+def _systems(job: Job) -> Any:
+    """Everything that evaluation compares, loaded."""
+    from mlp_memory.evaluation.score import Systems
+    from mlp_memory.evaluation.stage import temperatures
+    from mlp_memory.index.scann_index import ScannIndex
+
+    train, targets = job.stream("train"), job.manifest("targets").facts
+    decoder, _ = load_decoder(job.workdir / "decoder", "pretrain", job.mesh)
+
+    def reader(folder: str) -> Any:
+        return job.config.embed.reader(load_decoder(job.workdir / folder, folder, job.mesh)[0], job.mesh)
+
+    return Systems(
+        decoder=decoder,
+        base=job.config.embed.reader(decoder, job.mesh),
+        joint=reader("joint"),
+        baseline=reader("baseline") if job.config.baseline.enabled else None,
+        memory=load_memory(job.workdir / "memory", job.mesh)[0],
+        keys=artifacts.ArrayReader(job.workdir / "datastore", "keys"),
+        valid_N=train.has_next(0, len(train)),
+        labels_N=train.labels(0, len(train)),
+        scann=ScannIndex.load(job.workdir / "index").search,
+        k=targets["k"],
+        temperatures=temperatures(targets),
+        mesh=job.mesh,
+    )
+
+
+def _export(job: Job, directory: Directory) -> None:
+    from mlp_memory.interchange.export import export
+
+    manifest = _begin("export", "export", job, directory)
+    export(
+        directory,
+        manifest,
+        models={
+            "decoder": load_decoder(job.workdir / "decoder", "pretrain", job.mesh),
+            "memory": load_memory(job.workdir / "memory", job.mesh),
+            "joint": load_decoder(job.workdir / "joint", "joint", job.mesh),
+        },
+        tap=dataclasses.asdict(job.config.embed.tap),
+        vocabulary=job.workdir / "corpus/vocabulary",
+    )
+
+
+def config_json(config: Config) -> dict[str, Any]:
+    """Every section as plain JSON, settings that cannot change a result left out."""
+    return {f.name: config_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def find_stage(name: str) -> Stage:
+    """The stage of that name."""
+    return next(stage for stage in STAGES if stage.name == name)
+
+
+def _pretrain_settings(job: Job) -> dict[str, Any]:
+    return {"decoder": config_dict(job.decoder_config), "pretrain": config_dict(job.config.pretrain)}
+
+
+def _baseline_settings(job: Job) -> dict[str, Any]:
+    shape, config = job.baseline_configs()
+    return {"decoder": config_dict(shape), "pretrain": config_dict(config)}
+
+
+def _distill_settings(job: Job) -> dict[str, Any]:
+    return {"memory": config_dict(job.memory_config), "distill": config_dict(job.config.distill)}
+
+
+def _evaluate_parents(config: Config) -> tuple[str, ...]:
+    parents = ("corpus/validation", "corpus/test", "decoder", "index", "targets", "memory", "joint")
+    return (*parents, "baseline") if config.baseline.enabled else parents
+
+
+def _from(*names: str) -> Callable[[Config], tuple[str, ...]]:
+    return lambda config: names
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "tokenize",
+        "corpus",
+        "text -> vocabulary and token streams",
+        lambda job: config_dict(job.config.corpus),
+        _from(),
+        _tokenize,
+        parts=("vocabulary", "train", "validation", "test"),
+    ),
+    Stage(
+        "pretrain",
+        "decoder",
+        "train the decoder on the stream",
+        _pretrain_settings,
+        _from("corpus/train", "corpus/validation"),
+        _pretrain,
+    ),
+    Stage(
+        "embed",
+        "datastore",
+        "the decoder's hidden state at every row",
+        lambda job: {"embed": config_dict(job.config.embed)},
+        _from("corpus/train", "decoder"),
+        _embed,
+    ),
+    Stage(
+        "index",
+        "index",
+        "ScaNN over the keys, recall measured",
+        lambda job: {**config_dict(job.config.index), "k": job.config.retrieve.k},
+        _from("datastore"),
+        _index,
+    ),
+    Stage(
+        "retrieve",
+        "targets",
+        "neighbours -> sparse next-token distributions",
+        lambda job: config_dict(job.config.retrieve),
+        _from("corpus/train", "corpus/validation", "datastore", "index"),
+        _retrieve,
+    ),
+    Stage(
+        "distill",
+        "memory",
+        "train the memory on the distributions",
+        _distill_settings,
+        _from("corpus/train", "corpus/validation", "datastore", "targets"),
+        _distill,
+    ),
+    Stage(
+        "joint",
+        "joint",
+        "train the decoder on, memory frozen",
+        lambda job: {"joint": config_dict(job.config.joint)},
+        _from("corpus/train", "corpus/validation", "decoder", "memory"),
+        _joint,
+    ),
+    Stage(
+        "baseline",
+        "baseline",
+        "train a decoder of equal size and FLOPs",
+        _baseline_settings,
+        _from("corpus/train", "corpus/validation", "decoder", "memory"),
+        _baseline,
+        wanted=lambda config: config.baseline.enabled,
+    ),
+    Stage(
+        "evaluate",
+        "reports",
+        "held-out perplexity, results.json, index.html",
+        lambda job: {"evaluate": config_dict(job.config.evaluate)},
+        _evaluate_parents,
+        _evaluate,
+    ),
+    Stage(
+        "export",
+        "export",
+        "decoder, memory and joint decoder as safetensors",
+        lambda job: {},
+        _from("corpus/vocabulary", "decoder", "memory", "joint"),
+        _export,
+    ),
+)
+
+
+def continuations(job: Job, prompt: str, model: str) -> Iterator[tuple[str, Iterator[str]]]:
+    """Text after a prompt, piece by piece, per model: "base", "base_plus_memory", "joint" or "both".
+
+    λ is the one the trainings found best on validation.
+    """
+    from mlp_memory.corpus.vocabulary import Vocabulary
+    from mlp_memory.inference.generate import generate
+    from mlp_memory.inference.next_token import Predictor
+
+    vocabulary = Vocabulary.load(job.workdir / "corpus/vocabulary")
+    tokens = [vocabulary.bos, *vocabulary.encode(prompt)]
+    for name in ("base", "base_plus_memory") if model == "both" else (model,):
+        folder, stage = ("joint", "joint") if name == "joint" else ("decoder", "pretrain")
+        decoder, made = load_decoder(job.workdir / folder, stage, job.mesh)
+        memory, weight = None, 0.0
+        if name != "base":
+            memory, distilled = load_memory(job.workdir / "memory", job.mesh)
+            weight = (made if name == "joint" else distilled).facts["validation"]["validation_lambda"]
+        embed_config = job.config.embed
+        predictor = Predictor(decoder, memory, weight, embed_config.tap, embed_config.context)
+        ids = generate(predictor, tokens, vocabulary.eos, job.config.generate)
+        yield name, _text_pieces(vocabulary, tokens, ids)
+
+
+def _text_pieces(vocabulary: Any, prompt: list[int], ids: Iterator[int]) -> Iterator[str]:
+    """Decoded text as it grows; characters split over byte tokens come out whole."""
+    tokens, shown = list(prompt), vocabulary.decode(prompt)
+    for token in ids:
+        tokens.append(token)
+        text = vocabulary.decode(tokens)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+
+
+def shapes_table(job: Job) -> str:
+    """Every parameter of decoder and memory with its shape, and the counts, without computing any."""
+    import jax
+    from flax import nnx
+
+    from mlp_memory.decoder.transformer import Decoder
+    from mlp_memory.memory.mlp import Memory
+
+    config = job.config
+    vocab_size = config.decoder.vocab_size or config.corpus.vocab_size
+    decoder = dataclasses.replace(config.decoder, vocab_size=vocab_size)
+    memory = config.memory.resolved(decoder.dim, vocab_size)
+    make_mesh_sizes = config.mesh.sizes(jax.device_count())
+    lines = [f"# mesh slice, data, fsdp, tensor = {make_mesh_sizes} over {jax.device_count()} device(s)"]
+    for name, make in (
+        ("decoder", lambda: Decoder(decoder, nnx.Rngs(0))),
+        ("memory", lambda: Memory(memory, nnx.Rngs(0))),
+    ):
+        flat = nnx.to_flat_state(nnx.state(nnx.eval_shape(make)))
+        total = 0
+        for path, variable in flat:
+            shape = variable.get_value().shape
+            total += math.prod(shape)
+            axes = ", ".join(variable.get_metadata()["logical_axes"])
+            lines.append(f"# {name}.{'.'.join(map(str, path)):<36} {shape!s:<22} {axes}")
+        lines.append(f"# {name}: {total:,} parameters")
+    steps = config.pretrain
+    lines.append(
+        f"# pretrain: {steps.steps:,} steps of {steps.batch_size} x {steps.context} = "
+        f"{steps.steps * steps.batch_size * steps.context:,} tokens"
+    )
+    lines.append(
+        f"# distill: {config.distill.steps:,} steps of {config.distill.batch_size} x "
+        f"{config.distill.block_rows} = "
+        f"{config.distill.steps * config.distill.batch_size * config.distill.block_rows:,} rows, "
+        f"teacher of k = {config.retrieve.k}, {config.retrieve.top_m} tokens a row"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,200 @@
+import hashlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mlp_memory.artifacts import Directory, UserError, peek
+from mlp_memory.index.config import IndexConfig
+from mlp_memory.index.exact import exact_search
+from mlp_memory.index.neighbors import exclude_self, recall_at_k
+from mlp_memory.index.scann_index import ScannIndex, build_shard
+from mlp_memory.index.stage import build_index
+
+K = 20
+
+
+class Documents:
+    """A stream of documents of random length."""
+
+    def __init__(self, rng, rows, mean_length=30):
+        self.valid = rng.random(rows) >= 1 / mean_length
+        self.valid[-1] = False
+
+    def __len__(self):
+        return len(self.valid)
+
+    def has_next(self, start, stop):
+        return self.valid[start:stop]
+
+
+def clustered_keys(rng, rows, dimension=24):
+    """Points around 60 centres, with a few exact duplicates."""
+    centres = rng.normal(size=(60, dimension)) * 3
+    keys = centres[rng.integers(0, 60, rows)] + rng.normal(size=(rows, dimension))
+    keys[rng.integers(0, rows, rows // 20)] = keys[rng.integers(0, rows, rows // 20)]
+    return keys.astype(np.float32)
+
+
+def built(path, keys, stream, config=None):
+    build_index(Directory(path), keys, "datastore-1", stream, config or IndexConfig(), K)
+    return ScannIndex.load(Directory(path))
+
+
+def file_digests(path):
+    return {
+        str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(path.rglob("*"))
+        if f.is_file()
+    }
+
+
+def test_measured_recall_reaches_the_target_and_is_what_a_search_gives(tmp_path):
+    rng = np.random.default_rng()
+    keys, stream = clustered_keys(rng, 9000), Documents(rng, 9000)
+    index = built(tmp_path / "index", keys, stream, IndexConfig(recall_sample=300))
+    facts = peek(Directory(tmp_path / "index")).facts
+    assert facts["recall"] >= 0.95
+    assert facts["keys"] == stream.valid.sum()
+    assert (index.leaves, index.leaves_to_search) == (facts["leaves"], facts["leaves_to_search"])
+    asked = np.flatnonzero(stream.valid)
+    found, _ = exclude_self(*index.search(keys[asked], K + 1), asked, K)
+    true, _ = exclude_self(*exact_search(keys, stream.valid, keys[asked], K + 1), asked, K)
+    assert recall_at_k(found, true) == pytest.approx(facts["recall"], abs=0.03)
+
+
+@pytest.mark.parametrize(("rows", "shards"), [(900, 1), (900, 4), (9000, 2), (3, 5)])
+def test_rows_found_have_a_next_token_and_their_true_distance(tmp_path, rows, shards):
+    rng = np.random.default_rng()
+    keys, stream = clustered_keys(rng, rows), Documents(rng, rows)
+    stream.valid[0] = True
+    index = built(tmp_path / "index", keys, stream, IndexConfig(shards=shards))
+    found_rows, sqdist = index.search(keys[:200], K)
+    real = found_rows >= 0
+    assert stream.valid[found_rows[real]].all()
+    queries = np.broadcast_to(keys[:200, None], (*found_rows.shape, keys.shape[1]))
+    want = ((queries[real] - keys[found_rows[real]]) ** 2).sum(1)
+    # Brute force in batches expands the square: rounding is relative to the norms, not to the distance.
+    norms = (queries[real] ** 2).sum(1) + (keys[found_rows[real]] ** 2).sum(1)
+    rounding = 1e-5 * want if index.leaves else 8 * np.finfo(np.float32).eps * norms
+    assert (np.abs(sqdist[real] - want) <= rounding).all()
+    assert np.isinf(sqdist[~real]).all()
+    assert (real.sum(1) == min(K, stream.valid.sum())).all()
+    order = np.where(real, found_rows, np.iinfo(np.int64).max)
+    assert all([*zip(d, r)] == sorted(zip(d, r)) for d, r in zip(sqdist, order))
+    if rows <= 4096 * shards and rows > K:  # brute force finds all
+        true_rows, _ = exact_search(keys, stream.valid, keys[:200], K)
+        assert recall_at_k(found_rows, true_rows) > 0.999
+
+
+BUILD = """
+import sys, numpy as np
+from mlp_memory.artifacts import Directory
+from mlp_memory.index.config import IndexConfig
+from mlp_memory.index.stage import build_index
+from mlp_memory.index.scann_index import ScannIndex
+class Stream:
+    valid = np.load(sys.argv[1] + "/valid.npy")
+    def __len__(self): return len(self.valid)
+    def has_next(self, start, stop): return self.valid[start:stop]
+keys = np.load(sys.argv[1] + "/keys.npy")
+build_index(Directory(sys.argv[2]), keys, "datastore-1", Stream(), IndexConfig(shards=2), 20)
+rows, sqdist = ScannIndex.load(Directory(sys.argv[2])).search(keys[:2000], 20)
+np.savez(sys.argv[2] + "/found.npz", rows=rows, sqdist=sqdist)
+assert not [m for m in sys.modules if m.split(".")[0] in ("tensorflow", "seqio")]
+"""
+
+
+def test_two_builds_in_different_processes_are_identical(tmp_path):
+    rng = np.random.default_rng()
+    np.save(tmp_path / "keys.npy", clustered_keys(rng, 12000))
+    np.save(tmp_path / "valid.npy", Documents(rng, 12000).valid)
+    for name in ("a", "b"):
+        subprocess.run([sys.executable, "-c", BUILD, tmp_path, tmp_path / name], check=True)
+    assert file_digests(tmp_path / "a") == file_digests(tmp_path / "b")
+
+
+def test_an_index_can_be_moved_and_searched_again(tmp_path):
+    rng = np.random.default_rng()
+    keys, stream = clustered_keys(rng, 6000), Documents(rng, 6000)
+    before = built(tmp_path / "index", keys, stream).search(keys[:500], K)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "index").rename(tmp_path / "elsewhere" / "moved")
+    index = ScannIndex.load(Directory(tmp_path / "elsewhere" / "moved"))
+    for _ in range(3):
+        after = index.search(keys[:500], K)
+        np.testing.assert_array_equal(before[0], after[0])
+        np.testing.assert_array_equal(before[1], after[1])
+
+
+def test_a_build_killed_at_any_point_ends_in_the_same_files(tmp_path, monkeypatch):
+    rng = np.random.default_rng()
+    keys, stream = clustered_keys(rng, 6000), Documents(rng, 6000)
+    config = IndexConfig(shards=2)
+    built(tmp_path / "straight", keys, stream, config)
+    broken = tmp_path / "broken"
+    shutil.copytree(tmp_path / "straight", broken)
+    # As a kill leaves it: one shard half built in its staging folder, the index unfinished.
+    (broken / "shard-00001").rename(broken / "building-shard-00001")
+    (broken / "building-shard-00001" / "scann" / "dataset.npy").write_bytes(b"half")
+    unfinished = peek(Directory(broken))
+    unfinished.finished, unfinished.facts = False, {}
+    (broken / "manifest.json").write_text(unfinished.to_json())
+    built(broken, keys, stream, config)
+    assert file_digests(broken) == file_digests(tmp_path / "straight")
+
+
+def test_a_remote_shard_is_copied_with_its_manifest_last(tmp_path):
+    log = []
+
+    class Remote(Directory):
+        """A local folder that answers as a remote one."""
+
+        def __init__(self, location):
+            super().__init__(location)
+            self._kvstore = Directory(location).kvstore
+            self.is_local = False
+
+        def __truediv__(self, name):
+            return Remote(f"{self.location}/{name}")
+
+        def write(self, name, data):
+            log.append(name)
+            super().write(name, data)
+
+    rng = np.random.default_rng()
+    keys, stream = clustered_keys(rng, 5000), Documents(rng, 5000)
+    build_shard(Remote(tmp_path / "remote"), 0, keys, stream.valid, "datastore-1", IndexConfig())
+    build_shard(Directory(tmp_path / "local"), 0, keys, stream.valid, "datastore-1", IndexConfig())
+    assert log[-1] == "manifest.json"
+    assert log.count("manifest.json") == 1
+    assert file_digests(tmp_path / "remote") == file_digests(tmp_path / "local")
+    shutil.copytree(tmp_path / "remote", tmp_path / "loaded")
+    built(tmp_path / "loaded", keys, stream)
+    remote = ScannIndex.load(Remote(tmp_path / "loaded")).search(keys[:9], K)
+    local = ScannIndex.load(Directory(tmp_path / "loaded")).search(keys[:9], K)
+    np.testing.assert_array_equal(remote[0], local[0])
+
+
+def test_faults_are_one_line_that_says_what_to_do(tmp_path):
+    rng = np.random.default_rng()
+    keys, stream = clustered_keys(rng, 800), Documents(rng, 800)
+    with pytest.raises(UserError, match=r"run `python -m mlp_memory index` first"):
+        ScannIndex.load(Directory(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="700 rows, the token stream 800"):
+        build_index(Directory(tmp_path / "short"), keys[:700], "datastore-1", stream, IndexConfig(), K)
+    built(tmp_path / "index", keys, stream)
+    with pytest.raises(UserError, match="made from datastore datastore-1, this datastore is datastore-2"):
+        build_index(Directory(tmp_path / "index"), keys, "datastore-2", stream, IndexConfig(), K)
+    with pytest.raises(UserError, match="leaves = 0, now it is 7"):
+        build_index(Directory(tmp_path / "index"), keys, "datastore-1", stream, IndexConfig(leaves=7), K)
+    dataset = tmp_path / "index" / "shard-00000" / "scann" / "dataset.npy"
+    size = dataset.stat().st_size
+    dataset.write_bytes(dataset.read_bytes()[:-40])
+    with pytest.raises(UserError, match=rf"dataset.npy has {size - 40} bytes, not {size}"):
+        ScannIndex.load(Directory(tmp_path / "index"))
+    stream.valid[:] = False
+    with pytest.raises(UserError, match="none of the stream's 800 rows has a next token"):
+        build_index(Directory(tmp_path / "empty"), keys, "datastore-1", stream, IndexConfig(), K)

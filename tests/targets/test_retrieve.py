@@ -1,0 +1,160 @@
+import dataclasses
+import hashlib
+
+import numpy as np
+import pytest
+
+from mlp_memory.artifacts import ArrayReader, ArraySpec, ChunkWriter, Directory, UserError, begin, peek
+from mlp_memory.index.config import IndexConfig
+from mlp_memory.index.scann_index import ScannIndex
+from mlp_memory.index.stage import build_index
+from mlp_memory.targets import retrieve as retrieve_module
+from mlp_memory.targets.config import RetrieveConfig
+from mlp_memory.targets.retrieve import Validation, retrieve
+
+N, D, VOCAB = 5300, 12, 50
+CONFIG = RetrieveConfig(k=16, top_m=6, chunk_rows=1000, validation_rows=64)
+PARENTS = {"datastore": "datastore-1", "index": "index-1"}
+
+
+class Documents:
+    """Random tokens in documents of random length, one of them a single token."""
+
+    vocab_size = VOCAB
+
+    def __init__(self, rng):
+        self.tokens = rng.integers(0, VOCAB, N).astype(np.int32)
+        self.last = rng.random(N) < 0.04
+        self.last[[100, 101, N - 1]] = True
+
+    def __len__(self):
+        return N
+
+    def has_next(self, start, stop):
+        return ~self.last[start:stop]
+
+    def labels(self, start, stop):
+        following = np.append(self.tokens[1:], 0)
+        return np.where(self.last, 0, following)[start:stop].astype(np.int32)
+
+
+@dataclasses.dataclass
+class World:
+    stream: Documents
+    keys: np.ndarray
+    reader: ArrayReader
+    index: ScannIndex
+    validation: Validation
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    rng = np.random.default_rng()
+    path = tmp_path_factory.mktemp("retrieve")
+    stream = Documents(rng)
+    keys = rng.normal(size=(N, D)).astype(np.float32)
+    keys[rng.integers(0, N, 500)] = keys[rng.integers(0, N, 500)]
+    keys[1000:1040] = keys[3]  # more duplicates than neighbours asked for
+    directory = Directory(path / "datastore")
+    writer = ChunkWriter(
+        directory, begin(directory, "datastore", {}, {}, {"keys": ArraySpec((N, D), "float32", 2048)})
+    )
+    for chunk in writer.missing():
+        writer.write(chunk, keys=keys[slice(*writer.rows(chunk))])
+    writer.finish()
+    reader = ArrayReader(directory, "keys")
+    build_index(Directory(path / "index"), reader, "datastore-1", stream, IndexConfig(recall_sample=200), 16)
+    validation = Validation(
+        rng.normal(size=(300, D)), np.log(rng.uniform(0.01, 0.2, 300)), rng.integers(0, VOCAB, 300)
+    )
+    return World(stream, keys, reader, ScannIndex.load(Directory(path / "index")), validation)
+
+
+def run(world, path, config=CONFIG):
+    retrieve(Directory(path), world.stream, world.reader, world.index, PARENTS, config, world.validation)
+    return peek(Directory(path))
+
+
+def digests(path):
+    return {
+        str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(path.rglob("*"))
+        if f.is_file()
+    }
+
+
+def test_targets_are_what_the_other_rows_neighbours_say(world, tmp_path):
+    manifest = run(world, tmp_path)
+    tau = manifest.facts["temperature"]
+    arrays = {name: ArrayReader(Directory(tmp_path), name)[0:N] for name in manifest.arrays}
+    assert arrays["token_ids"].dtype == np.uint16
+    labels = world.stream.labels(0, N)
+    rng = np.random.default_rng()
+    for row in [3, 1005, *rng.choice(np.flatnonzero(world.stream.has_next(0, N)), 40)]:
+        rows, sqdist = world.index.search(world.keys[row : row + 1], CONFIG.k + 1)
+        others = [(d, r) for d, r in zip(sqdist[0], rows[0]) if r != row][: CONFIG.k]
+        mass = np.zeros(VOCAB)
+        for d, r in others:
+            mass[labels[r]] += np.exp(-float(d) / tau)
+        mass /= mass.sum()
+        kept = np.sort(mass)[::-1][: CONFIG.top_m].sum()
+        probs, ids = arrays["probs"][row].astype(float), arrays["token_ids"][row]
+        assert arrays["kept_mass"][row] == pytest.approx(kept, rel=1e-4)
+        assert arrays["neighbours"][row] == CONFIG.k
+        np.testing.assert_allclose(probs, mass[ids] / kept * (probs > 0), rtol=2e-3, atol=1e-6)
+        assert probs.sum() == pytest.approx(1, abs=2**-11)
+
+
+def test_rows_without_next_token_have_empty_targets_and_are_nobodys_neighbour(world, tmp_path):
+    manifest = run(world, tmp_path)
+    last = world.stream.last
+    for name in manifest.arrays:
+        array = ArrayReader(Directory(tmp_path), name)[0:N].reshape(N, -1)
+        assert not array[last].any()
+        if name != "token_ids":
+            assert array[~last].any(axis=1).all()
+    rows, _ = world.index.search(world.keys, CONFIG.k)
+    assert not last[rows[rows >= 0]].any()
+    assert manifest.facts["recall"] == world.index.facts["recall"]
+    support = ArrayReader(Directory(tmp_path), "support")[0:N][~last]
+    assert manifest.facts["mean_support"] == pytest.approx(support.mean(), abs=1e-2)
+
+
+def test_a_run_stopped_anywhere_and_resumed_gives_the_same_bytes(world, tmp_path, monkeypatch):
+    run(world, tmp_path / "straight")
+    real = retrieve_module.knn_distribution
+    for chunks in (0, 1, 4):
+        path, calls = tmp_path / f"stopped-{chunks}", iter(range(chunks))
+
+        def stop_after(*args, calls=calls):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(retrieve_module, "knn_distribution", stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            run(world, path)
+        assert not peek(Directory(path)).finished
+        monkeypatch.setattr(retrieve_module, "knn_distribution", real)
+        run(world, path)
+        assert digests(path) == digests(tmp_path / "straight")
+
+
+def test_temperature_is_taken_as_given_or_needs_validation(world, tmp_path):
+    given = dataclasses.replace(CONFIG, temperature=12.5)
+    retrieve(Directory(tmp_path / "a"), world.stream, world.reader, world.index, PARENTS, given)
+    facts = peek(Directory(tmp_path / "a")).facts
+    assert facts["temperature"] == 12.5
+    assert facts["temperature_choice"] == {"how": "given"}
+    with pytest.raises(UserError, match="needs a validation split"):
+        retrieve(Directory(tmp_path / "b"), world.stream, world.reader, world.index, PARENTS, CONFIG)
+    with pytest.raises(UserError, match=r"temperature = 12.5, now it is 3"):
+        run(world, tmp_path / "a", dataclasses.replace(CONFIG, temperature=3))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"k": 0}, {"k": 70000}, {"temperature": "best"}, {"temperature": -1.0}, {"temperatures": ()}]
+)
+def test_a_config_that_cannot_work_is_refused(wrong):
+    with pytest.raises(UserError, match=r"retrieve\."):
+        RetrieveConfig(**wrong)
