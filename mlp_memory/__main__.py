@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -92,6 +93,8 @@ def load_config(files: list[str], bindings: list[str], workdir: Directory) -> pi
             raise UserError(f"--gin_file {file!r} does not exist: gin_configs/recipes holds the recipes")
         for folder in list(Path(file).resolve().parents)[:2]:
             gin.add_config_file_search_path(str(folder))
+    # gin logs every folder of its search path that does not hold an included file.
+    logging.disable(logging.ERROR)
     try:
         for text in saved:
             gin.parse_config((text or b"").decode())
@@ -102,6 +105,8 @@ def load_config(files: list[str], bindings: list[str], workdir: Directory) -> pi
     except Exception as error:  # gin raises many kinds, and adds lines of its own to any of them
         cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
         raise UserError(_explain(cause)) from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _explain(error: BaseException) -> str:

@@ -1,0 +1,41 @@
+# make demo   the whole pipeline on the embedded corpus, ends in a results table and a report
+# make test   the tests        make lint   style        make lock   renew requirements.lock
+# PYTHON=     interpreter for .venv (3.11 to 3.13); the newest that runs is taken if not given
+# WORKDIR=    where the demo goes (default runs/demo)
+
+VENV    ?= .venv
+WORKDIR ?= runs/demo
+PYTHON  ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	2>/dev/null && echo $$p && break; done)
+RUN     := $(VENV)/bin/python
+READY   := $(VENV)/.ready
+
+.PHONY: demo test lint lock clean
+.DEFAULT_GOAL := demo
+
+$(READY): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found: give PYTHON=/path/to/python"; exit 2; }
+	@echo "making $(VENV) with $$($(PYTHON) --version) (a few minutes, 3 GB)"
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+
+demo: $(READY)
+	$(RUN) -m mlp_memory run --workdir=$(WORKDIR) --gin_file=gin_configs/recipes/demo.gin
+
+test: $(READY)
+	$(RUN) -m pytest
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+lock: $(READY)
+	$(RUN) -m pip install --quiet uv
+	$(RUN) -m uv pip compile --universal --python-version 3.11 --no-emit-index-url \
+		--custom-compile-command "make lock" --upgrade requirements.txt -o requirements.lock
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
