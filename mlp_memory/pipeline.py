@@ -21,6 +21,7 @@ from mlp_memory.decoder.pretrain import (
     load_decoder,
     pretrain,
 )
+from mlp_memory.decoder.windows import read, spread
 from mlp_memory.evaluation.config import EvaluateConfig
 from mlp_memory.index.config import IndexConfig
 from mlp_memory.inference.generate import GenerateConfig
@@ -116,13 +117,13 @@ class Job:
         return shape, dataclasses.replace(config, steps=steps, learning_rate=rate)
 
     def held_out(self, split: str, rows: int) -> ValidationRows:
-        """Tapped states, base log-probabilities and next tokens of a split's first rows."""
+        """Tapped states, base log-probabilities and next tokens of about `rows` rows of a split."""
         stream = self.stream(split)
-        rows = min(rows or len(stream), len(stream))
+        ranges = spread(len(stream), rows)
         decoder, _ = load_decoder(self.workdir / "decoder", "pretrain", self.mesh)
-        taps, log_prob = self.config.embed.reader(decoder, self.mesh).taps_and_log_probs(stream, 0, rows)
-        scored = stream.has_next(0, rows)
-        return ValidationRows(taps[scored], log_prob[scored], stream.labels(0, rows)[scored])
+        taps, log_prob = self.config.embed.reader(decoder, self.mesh).taps_and_log_probs(stream, ranges)
+        scored = read(stream.has_next, ranges)
+        return ValidationRows(taps[scored], log_prob[scored], read(stream.labels, ranges)[scored])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +213,7 @@ def _retrieve(job: Job, directory: Directory) -> None:
 
     config, validation = job.config.retrieve, None
     if config.temperature == "auto":
-        rows = job.held_out("validation", 0)
+        rows = job.held_out("validation", config.validation_rows)
         validation = Validation(rows.taps_NxD, rows.base_log_prob_N, rows.labels_N)
     keys = artifacts.ArrayReader(job.workdir / "datastore", "keys")
     index = ScannIndex.load(job.workdir / "index")

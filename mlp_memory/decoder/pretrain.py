@@ -14,7 +14,7 @@ from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.decoder.config import DecoderConfig, Tap
 from mlp_memory.decoder.score import RowReader
 from mlp_memory.decoder.transformer import Decoder
-from mlp_memory.decoder.windows import WindowPlan, WindowSource
+from mlp_memory.decoder.windows import WindowPlan, WindowSource, read, spread
 from mlp_memory.training import checkpoints
 from mlp_memory.training.batches import Batches
 from mlp_memory.training.config import TrainConfig
@@ -71,12 +71,12 @@ def pretrain(
         )
     dtype = compute_dtype(config.dtype)
     plan = WindowPlan(config.context, config.context)
-    rows = min(len(validation_stream), config.eval_rows or len(validation_stream))
-    scored = validation_stream.has_next(0, rows)
+    ranges = spread(len(validation_stream), config.eval_rows)
+    scored = read(validation_stream.has_next, ranges)
 
     def evaluate(model: Decoder) -> dict[str, float]:
         reader = RowReader(model, mesh, plan, Tap(), dtype=dtype)
-        _, log_prob_N = reader.taps_and_log_probs(validation_stream, 0, rows)
+        _, log_prob_N = reader.taps_and_log_probs(validation_stream, ranges)
         nll = float(-log_prob_N[scored].astype(np.float64).mean())
         return {"validation_loss": nll, "validation_perplexity": float(np.exp(nll))}
 

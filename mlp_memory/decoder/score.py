@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.decoder.config import Tap
 from mlp_memory.decoder.transformer import Decoder
-from mlp_memory.decoder.windows import WindowPlan, window_arrays
+from mlp_memory.decoder.windows import Ranges, Window, WindowPlan, window_arrays
 from mlp_memory.parallel.sharding import place_batch
 from mlp_memory.training.sparse_head import label_log_prob
 
@@ -58,8 +58,10 @@ class RowReader:
 
         self._read, self._tap_only = jax.jit(read), jax.jit(tap_only)
 
-    def _batches(self, stream: TokenStream, start: int, stop: int) -> Iterator[tuple[list, dict]]:
-        windows = self._plan.windows(start, stop, len(stream))
+    def _batches(
+        self, stream: TokenStream, ranges: Ranges
+    ) -> Iterator[tuple[list[Window], dict[str, jax.Array]]]:
+        windows = [w for start, stop in ranges for w in self._plan.windows(start, stop, len(stream))]
         for i in range(0, len(windows), self._batch):
             group = windows[i : i + self._batch]
             starts = [w.start for w in group] + [len(stream)] * (self._batch - len(group))
@@ -70,18 +72,18 @@ class RowReader:
     def taps(self, stream: TokenStream, start: int, stop: int) -> np.ndarray:
         """Tapped states of rows start..stop, [stop − start, D] float32."""
         found = []
-        for group, arrays in self._batches(stream, start, stop):
+        for group, arrays in self._batches(stream, [(start, stop)]):
             tapped = np.asarray(self._tap_only(self._params, arrays))
             found += [tapped[i, w.first - w.start : w.stop - w.start] for i, w in enumerate(group)]
         return np.concatenate(found)
 
-    def taps_and_log_probs(self, stream: TokenStream, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tapped states [n, D] and log p(next token) [n] of rows start..stop, float32.
+    def taps_and_log_probs(self, stream: TokenStream, ranges: Ranges) -> tuple[np.ndarray, np.ndarray]:
+        """Tapped states [n, D] and log p(next token) [n] of the rows of `ranges`, float32.
 
         The log-probability means nothing on rows without a next token (`stream.has_next`).
         """
         taps, log_probs = [], []
-        for group, arrays in self._batches(stream, start, stop):
+        for group, arrays in self._batches(stream, ranges):
             tapped, log_prob = map(np.asarray, self._read(self._params, arrays))
             for i, w in enumerate(group):
                 taps.append(tapped[i, w.first - w.start : w.stop - w.start])

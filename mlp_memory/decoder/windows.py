@@ -5,10 +5,45 @@ the row's own document, so its context is what precedes it in the window and the
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
 from mlp_memory.corpus.stream import TokenStream
+
+Ranges = list[tuple[int, int]]
+"""Stretches of rows, first and one past the last, in order."""
+
+_SPREAD_ROWS = 256
+
+
+def spread(total: int, most: int) -> Ranges:
+    """All rows of a stream, or about `most` of them in evenly spaced stretches of 256.
+
+    A stretch says more than as many rows from the start of the stream, which may be a few
+    documents only. `most` 0 is all.
+    """
+    if most <= 0 or most >= total:
+        return [(0, total)]
+    length = min(_SPREAD_ROWS, most)
+    count = most // length
+    return [(i * total // count, i * total // count + length) for i in range(count)]
+
+
+def cut(ranges: Ranges, start: int, stop: int) -> Ranges:
+    """The part of `ranges` that holds their start-th to (stop − 1)-th row, counted through."""
+    found, before = [], 0
+    for a, b in ranges:
+        first, last = max(start - before, 0), min(stop - before, b - a)
+        if first < last:
+            found.append((a + first, a + last))
+        before += b - a
+    return found
+
+
+def read(column: Callable[[int, int], np.ndarray], ranges: Ranges) -> np.ndarray:
+    """`column(start, stop)` of every stretch, end to end."""
+    return np.concatenate([column(start, stop) for start, stop in ranges])
 
 
 @dataclasses.dataclass(frozen=True)

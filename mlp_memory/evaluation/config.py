@@ -10,7 +10,7 @@ class EvaluateConfig:
     """Held-out perplexity and samples.
 
     Attributes:
-      max_rows: rows scored per split, from its start; 0 for all.
+      max_rows: rows scored per split, in stretches spread evenly over it; 0 for all.
       samples: contexts for which the report shows what each system predicts.
       bootstrap: resamples behind the intervals.
       chunk_rows: rows scored and saved at a time.

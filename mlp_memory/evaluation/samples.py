@@ -42,7 +42,7 @@ def _sample(
     first = max(int(stream.bounds_D1[document]), row + 1 - predictor.context)
     tokens = stream.tokens[first : row + 1].astype(int).tolist()
     said = predictor(tokens)
-    tap, _ = systems.base.taps_and_log_probs(stream, row, row + 1)
+    tap, _ = systems.base.taps_and_log_probs(stream, [(row, row + 1)])
     rows_1xk, sqdist_1xk = systems.exact(tap, systems.k)
     teacher = knn_distribution(rows_1xk, sqdist_1xk, systems.labels_N[rows_1xk], tau, _TOP)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -12,6 +13,7 @@ from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.datastore.embed import EmbedConfig
 from mlp_memory.decoder.score import RowReader
 from mlp_memory.decoder.transformer import Decoder
+from mlp_memory.decoder.windows import Ranges, cut, read
 from mlp_memory.index.exact import exact_search
 from mlp_memory.inference.next_token import Predictor
 from mlp_memory.memory.mlp import Memory
@@ -85,11 +87,11 @@ def score_split(
     systems: Callable[[], Systems],
     arrays: dict[str, ArraySpec],
     stream: TokenStream,
-    rows: int,
-    config: dict,
+    ranges: Ranges,
+    config: dict[str, Any],
     parents: dict[str, str],
 ) -> dict[str, np.ndarray]:
-    """Scores rows 0..rows of a split, or reads what an earlier start scored.
+    """Scores the rows of `ranges` of a split, or reads what an earlier start scored.
 
     Args:
       directory: where the log-probabilities are kept.
@@ -97,12 +99,13 @@ def score_split(
       systems: makes the models; called only if something is missing.
       arrays: see `arrays_of`.
       stream: the split.
-      rows: how many of its rows.
+      ranges: which of its rows.
       config, parents: for the manifest.
 
     Returns:
       The arrays at the rows that have a next token, float32.
     """
+    rows = sum(stop - start for start, stop in ranges)
     manifest = artifacts.begin(directory, "scored_rows", config, parents, arrays)
     if not manifest.finished:
         writer = ChunkWriter(directory, manifest)
@@ -111,32 +114,32 @@ def score_split(
         with Progress(f"evaluate: {what}", rows, "rows", done=done) as bar:
             for chunk in missing:
                 start, stop = writer.rows(chunk)
-                writer.write(chunk, **_score_rows(systems(), stream, start, stop, arrays))
+                writer.write(chunk, **_score_rows(systems(), stream, cut(ranges, start, stop), arrays))
                 bar.advance(stop - start)
         writer.finish()
-    scored = stream.has_next(0, rows)
+    scored = read(stream.has_next, ranges)
     return {name: ArrayReader(directory, name)[0:rows][scored] for name in arrays}
 
 
 def _score_rows(
-    systems: Systems, stream: TokenStream, start: int, stop: int, arrays: dict[str, ArraySpec]
+    systems: Systems, stream: TokenStream, ranges: Ranges, arrays: dict[str, ArraySpec]
 ) -> dict[str, np.ndarray]:
-    scored = stream.has_next(start, stop)
-    next_N = stream.labels(start, stop)[scored]
+    scored = read(stream.has_next, ranges)
+    next_N = read(stream.labels, ranges)[scored]
     found = {}
-    taps, log_prob = systems.base.taps_and_log_probs(stream, start, stop)
+    taps, log_prob = systems.base.taps_and_log_probs(stream, ranges)
     found["base"], taps = log_prob[scored], taps[scored]
     found["base_memory"] = memory_log_probs(systems.memory, taps, next_N, systems.mesh)
     found["knn_lm_exact"] = systems.knn(systems.exact, taps, next_N)
     found["knn_lm_scann"] = systems.knn(systems.scann, taps, next_N)
-    taps, log_prob = systems.joint.taps_and_log_probs(stream, start, stop)
+    taps, log_prob = systems.joint.taps_and_log_probs(stream, ranges)
     found["joint"] = log_prob[scored]
     found["joint_memory"] = memory_log_probs(systems.memory, taps[scored], next_N, systems.mesh)
     if systems.baseline is not None:
-        _, log_prob = systems.baseline.taps_and_log_probs(stream, start, stop)
+        _, log_prob = systems.baseline.taps_and_log_probs(stream, ranges)
         found["decoder_equal_params"] = log_prob[scored]
     values = {}
     for name, spec in arrays.items():
-        values[name] = np.zeros((stop - start, *spec.shape[1:]), np.float32)
+        values[name] = np.zeros((len(scored), *spec.shape[1:]), np.float32)
         values[name][scored] = found[name]
     return values

@@ -11,6 +11,7 @@ from mlp_memory.artifacts import Directory, Manifest
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.corpus.vocabulary import Vocabulary
 from mlp_memory.datastore.embed import EmbedConfig
+from mlp_memory.decoder.windows import Ranges, read, spread
 from mlp_memory.evaluation.config import EvaluateConfig
 from mlp_memory.evaluation.evaluate import summarize
 from mlp_memory.evaluation.report import write_report
@@ -58,7 +59,8 @@ def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[s
     config, grid = inputs.config, temperatures(inputs.targets)
     scored, documents, words = {}, {}, {}
     for split, stream in inputs.streams.items():
-        rows = min(config.max_rows or len(stream), len(stream))
+        ranges = spread(len(stream), config.max_rows)
+        rows = sum(stop - start for start, stop in ranges)
         arrays = arrays_of(len(grid), "baseline" in inputs.trained, rows, config.chunk_rows)
         scored[split] = score_split(
             directory / f"rows/{split}",
@@ -66,12 +68,14 @@ def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[s
             inputs.systems,
             arrays,
             stream,
-            rows,
+            ranges,
             manifest.config,
             manifest.parents,
         )
-        documents[split] = stream.document_ids(0, rows)[stream.has_next(0, rows)]
-        words[split] = stream.words if rows == len(stream) else _count_words(stream, rows, inputs.vocabulary)
+        documents[split] = read(stream.document_ids, ranges)[read(stream.has_next, ranges)]
+        words[split] = (
+            stream.words if rows == len(stream) else _count_words(stream, ranges, inputs.vocabulary)
+        )
     results = summarize(scored, documents, words, grid, inputs.targets["k"], config.bootstrap)
     trained = inputs.trained
     names = {"base": "pretrain", "memory": "distill", "joint": "joint", "decoder_equal_params": "baseline"}
@@ -93,10 +97,9 @@ def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[s
     return results
 
 
-def _count_words(stream: TokenStream, rows: int, vocabulary: Vocabulary) -> int:
-    """Words spelt by the first `rows` tokens, document by document."""
-    bounds = [int(b) for b in stream.bounds_D1 if b < rows] + [rows]
-    texts = (vocabulary.decode(stream.tokens[a:b].astype(int).tolist()) for a, b in zip(bounds, bounds[1:]))
+def _count_words(stream: TokenStream, ranges: Ranges, vocabulary: Vocabulary) -> int:
+    """Words in stretches of a split; one that a stretch cuts counts in each part."""
+    texts = (vocabulary.decode(stream.tokens[a:b].astype(int).tolist()) for a, b in ranges)
     return max(1, sum(len(text.split()) for text in texts))
 
 
@@ -105,10 +108,9 @@ def _samples(inputs: Inputs, results: dict[str, Any]) -> list[dict[str, Any]]:
     if not config.samples:
         return []
     systems, stream = inputs.systems(), inputs.streams["test"]
-    rows = min(config.max_rows or len(stream), len(stream))
     details = results["test"]["details"]
     predictor = systems.predictor(details["base_plus_memory"]["lambda"], inputs.embed)
     tau = details["knn_lm_exact"]["tau"]
-    rows_at = np.flatnonzero(stream.has_next(0, rows))
-    chosen = rows_at[(np.arange(config.samples) * 2 + 1) * len(rows_at) // (2 * config.samples)]
+    scored = np.flatnonzero(stream.has_next(0, len(stream)))
+    chosen = scored[(np.arange(config.samples) * 2 + 1) * len(scored) // (2 * config.samples)]
     return sample_predictions(stream, chosen, predictor, systems, tau, inputs.vocabulary)

@@ -14,7 +14,7 @@ from mlp_memory.datastore.embed import EmbedConfig
 from mlp_memory.decoder.config import Tap
 from mlp_memory.decoder.pretrain import PretrainConfig
 from mlp_memory.decoder.transformer import Decoder
-from mlp_memory.decoder.windows import WindowSource
+from mlp_memory.decoder.windows import WindowSource, read, spread
 from mlp_memory.memory.distill import mixture_figures
 from mlp_memory.memory.mlp import Memory
 from mlp_memory.memory.score import memory_log_probs
@@ -108,12 +108,12 @@ def train_joint(
     weight = float(default_weight if config.interpolation == "auto" else config.interpolation)
     dtype = compute_dtype(config.dtype)
     memory_def, memory_state = nnx.split(memory)
-    rows = min(len(validation_stream), config.eval_rows or len(validation_stream))
-    scored = validation_stream.has_next(0, rows)
-    labels_N = validation_stream.labels(0, rows)[scored]
+    ranges = spread(len(validation_stream), config.eval_rows)
+    scored = read(validation_stream.has_next, ranges)
+    labels_N = read(validation_stream.labels, ranges)[scored]
 
     def evaluate(model: Decoder) -> dict[str, float]:
-        taps, log_prob_N = embed.reader(model, mesh).taps_and_log_probs(validation_stream, 0, rows)
+        taps, log_prob_N = embed.reader(model, mesh).taps_and_log_probs(validation_stream, ranges)
         memory_N = memory_log_probs(memory, taps[scored], labels_N, mesh, dtype)
         return mixture_figures(log_prob_N[scored], memory_N)
 

@@ -20,7 +20,7 @@ class TrainConfig:
       weight_decay: on matrices only.
       eval_every: steps between validations; each validation is a checkpoint, and the
         checkpoint with the lowest validation loss is the result.
-      eval_rows: at most this many validation rows are scored each time; 0 for all.
+      eval_rows: about so many validation rows, spread evenly, are scored each time; 0 for all.
       remat: "none", "dots" or "full"; trades memory for time.
       dtype: of the computation: "auto" (bfloat16 on accelerators, float32 on CPU).
       log_every: steps between lines in metrics.jsonl.
