@@ -12,6 +12,8 @@ import gin
 
 from mlp_memory import pipeline
 from mlp_memory.artifacts import Directory, UserError, first_line
+from mlp_memory.config import Config
+from mlp_memory.dry_run import shapes_table
 
 _SAVED = "config.gin"
 _EPILOG = """\
@@ -29,7 +31,7 @@ A killed run goes on where it stopped when the same command is given again.
 
 SECTIONS = {
     field.name: gin.external_configurable(field.default_factory, name=field.name, module="mlp_memory")
-    for field in dataclasses.fields(pipeline.Config)
+    for field in dataclasses.fields(Config)
 }
 
 
@@ -80,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_config(files: list[str], bindings: list[str], workdir: Directory) -> pipeline.Config:
+def load_config(files: list[str], bindings: list[str], workdir: Directory) -> Config:
     """The config of these gin files and bindings; without files, of the workdir's config.gin.
 
     Raises:
@@ -99,7 +101,7 @@ def load_config(files: list[str], bindings: list[str], workdir: Directory) -> pi
         for text in saved:
             gin.parse_config((text or b"").decode())
         gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
-        return pipeline.Config(**{name: section() for name, section in SECTIONS.items()})
+        return Config(**{name: section() for name, section in SECTIONS.items()})
     except UserError:
         raise
     except Exception as error:  # gin raises many kinds, and adds lines of its own to any of them
@@ -122,7 +124,7 @@ def _explain(error: BaseException) -> str:
 
 
 def _sections() -> dict[str, type]:
-    return {field.name: field.default_factory for field in dataclasses.fields(pipeline.Config)}
+    return {field.name: field.default_factory for field in dataclasses.fields(Config)}
 
 
 def _run(args: argparse.Namespace, job: pipeline.Job) -> None:
@@ -179,7 +181,7 @@ def _dispatch(args: argparse.Namespace) -> None:
     job = pipeline.Job(workdir, config)
     if args.dry_run:
         print(gin.operative_config_str())
-        print(pipeline.shapes_table(job))
+        print(shapes_table(config))
     elif args.stage == "run":
         _run(args, job)
     elif args.stage == "status":

@@ -6,14 +6,13 @@ inside the stage that needs them: a training process never loads TensorFlow, seq
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mlp_memory import artifacts
 from mlp_memory.artifacts import ArraySpec, Directory, Manifest, config_dict
-from mlp_memory.corpus.config import CorpusConfig
-from mlp_memory.datastore.embed import EmbedConfig, embed, key_spec
+from mlp_memory.config import Config, config_json
+from mlp_memory.datastore.embed import embed, key_spec
 from mlp_memory.decoder.config import DecoderConfig
 from mlp_memory.decoder.pretrain import (
     PretrainConfig,
@@ -22,52 +21,15 @@ from mlp_memory.decoder.pretrain import (
     pretrain,
 )
 from mlp_memory.decoder.windows import read, spread
-from mlp_memory.evaluation.config import EvaluateConfig
-from mlp_memory.index.config import IndexConfig
-from mlp_memory.inference.generate import GenerateConfig
-from mlp_memory.joint.train import JointConfig, train_joint
-from mlp_memory.memory.distill import DistillConfig, ValidationRows, distill, load_memory
+from mlp_memory.joint.train import train_joint
+from mlp_memory.memory.distill import ValidationRows, distill, load_memory
 from mlp_memory.memory.mlp import MemoryConfig
-from mlp_memory.parallel.mesh import MeshConfig, make_mesh
-from mlp_memory.targets.config import RetrieveConfig
+from mlp_memory.parallel.mesh import make_mesh
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from mlp_memory.corpus.stream import TokenStream
-
-
-@dataclasses.dataclass(frozen=True)
-class BaselineConfig:
-    """The decoder-only peer: as many parameters, and as many training FLOPs, as decoder and
-    memory together.
-
-    Attributes:
-      enabled: False leaves the stage, and its row in the results, out.
-      learning_rate: 0 takes pretraining's.
-    """
-
-    enabled: bool = True
-    learning_rate: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Every section of a recipe; a field's name is its gin name."""
-
-    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
-    decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
-    pretrain: PretrainConfig = dataclasses.field(default_factory=PretrainConfig)
-    embed: EmbedConfig = dataclasses.field(default_factory=EmbedConfig)
-    index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
-    retrieve: RetrieveConfig = dataclasses.field(default_factory=RetrieveConfig)
-    memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
-    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
-    joint: JointConfig = dataclasses.field(default_factory=JointConfig)
-    baseline: BaselineConfig = dataclasses.field(default_factory=BaselineConfig)
-    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
-    generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
 class Job:
@@ -336,11 +298,6 @@ def _export(job: Job, directory: Directory) -> None:
     )
 
 
-def config_json(config: Config) -> dict[str, Any]:
-    """Every section as plain JSON, settings that cannot change a result left out."""
-    return {f.name: config_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-
-
 def find_stage(name: str) -> Stage:
     """The stage of that name."""
     return next(stage for stage in STAGES if stage.name == name)
@@ -460,11 +417,10 @@ def continuations(job: Job, prompt: str, model: str) -> Iterator[tuple[str, Iter
     λ is the one the trainings found best on validation.
     """
     from mlp_memory.corpus.vocabulary import Vocabulary
-    from mlp_memory.inference.generate import generate
+    from mlp_memory.inference.continuation import continuation
     from mlp_memory.inference.next_token import Predictor
 
-    vocabulary = Vocabulary.load(job.workdir / "corpus/vocabulary")
-    tokens = [vocabulary.bos, *vocabulary.encode(prompt)]
+    config, vocabulary = job.config, Vocabulary.load(job.workdir / "corpus/vocabulary")
     for name in ("base", "base_plus_memory") if model == "both" else (model,):
         folder, stage = ("joint", "joint") if name == "joint" else ("decoder", "pretrain")
         decoder, made = load_decoder(job.workdir / folder, stage, job.mesh)
@@ -472,58 +428,5 @@ def continuations(job: Job, prompt: str, model: str) -> Iterator[tuple[str, Iter
         if name != "base":
             memory, distilled = load_memory(job.workdir / "memory", job.mesh)
             weight = (made if name == "joint" else distilled).facts["validation"]["validation_lambda"]
-        embed_config = job.config.embed
-        predictor = Predictor(decoder, memory, weight, embed_config.tap, embed_config.context)
-        ids = generate(predictor, tokens, vocabulary.eos, job.config.generate)
-        yield name, _text_pieces(vocabulary, tokens, ids)
-
-
-def _text_pieces(vocabulary: Any, prompt: list[int], ids: Iterator[int]) -> Iterator[str]:
-    """Decoded text as it grows; characters split over byte tokens come out whole."""
-    tokens, shown = list(prompt), vocabulary.decode(prompt)
-    for token in ids:
-        tokens.append(token)
-        text = vocabulary.decode(tokens)
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-
-
-def shapes_table(job: Job) -> str:
-    """Every parameter of decoder and memory with its shape, and the counts, without computing any."""
-    import jax
-    from flax import nnx
-
-    from mlp_memory.decoder.transformer import Decoder
-    from mlp_memory.memory.mlp import Memory
-
-    config = job.config
-    vocab_size = config.decoder.vocab_size or config.corpus.vocab_size
-    decoder = dataclasses.replace(config.decoder, vocab_size=vocab_size)
-    memory = config.memory.resolved(decoder.dim, vocab_size)
-    make_mesh_sizes = config.mesh.sizes(jax.device_count())
-    lines = [f"# mesh slice, data, fsdp, tensor = {make_mesh_sizes} over {jax.device_count()} device(s)"]
-    for name, make in (
-        ("decoder", lambda: Decoder(decoder, nnx.Rngs(0))),
-        ("memory", lambda: Memory(memory, nnx.Rngs(0))),
-    ):
-        flat = nnx.to_flat_state(nnx.state(nnx.eval_shape(make)))
-        total = 0
-        for path, variable in flat:
-            shape = variable.get_value().shape
-            total += math.prod(shape)
-            axes = ", ".join(variable.get_metadata()["logical_axes"])
-            lines.append(f"# {name}.{'.'.join(map(str, path)):<36} {shape!s:<22} {axes}")
-        lines.append(f"# {name}: {total:,} parameters")
-    steps = config.pretrain
-    lines.append(
-        f"# pretrain: {steps.steps:,} steps of {steps.batch_size} x {steps.context} = "
-        f"{steps.steps * steps.batch_size * steps.context:,} tokens"
-    )
-    lines.append(
-        f"# distill: {config.distill.steps:,} steps of {config.distill.batch_size} x "
-        f"{config.distill.block_rows} = "
-        f"{config.distill.steps * config.distill.batch_size * config.distill.block_rows:,} rows, "
-        f"teacher of k = {config.retrieve.k}, {config.retrieve.top_m} tokens a row"
-    )
-    return "\n".join(lines)
+        predictor = Predictor(decoder, memory, weight, config.embed.tap, config.embed.context)
+        yield name, continuation(predictor, vocabulary, prompt, config.generate)

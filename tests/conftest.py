@@ -58,9 +58,6 @@ DECODERS = {
 
 def randomized(model: nnx.Module, rng: np.random.Generator) -> nnx.Module:
     """The model with noise on every parameter, so that no bias is 0 and no norm's scale is 1."""
-    for _, variable in nnx.to_flat_state(nnx.state(model)):
-        value = variable.get_value()
-        variable.set_value(value + 0.3 * jnp.asarray(rng.normal(size=value.shape), jnp.float32))
     graphdef, state = nnx.split(model)
     flat = {
         path: v.get_value() + 0.2 * jnp.asarray(rng.normal(size=v.get_value().shape), jnp.float32)

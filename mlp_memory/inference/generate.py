@@ -30,8 +30,8 @@ class GenerateConfig:
     def __post_init__(self):
         if self.max_tokens < 1 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UserError(
-                f"generate: max_tokens = {self.max_tokens} must be 1 or more, temperature = {self.temperature} "
-                f"and top_k = {self.top_k} 0 or more, top_p = {self.top_p} in (0, 1]"
+                f"generate: max_tokens = {self.max_tokens} must be 1 or more, temperature = "
+                f"{self.temperature} and top_k = {self.top_k} 0 or more, top_p = {self.top_p} in (0, 1]"
             )
 
 

@@ -86,7 +86,8 @@ def _load(read: Callable[[], Any], where: str) -> Any:
         return read()
     except Exception as error:  # Orbax has no one class for "this checkpoint is damaged"
         raise UserError(
-            f"cannot read checkpoint {where}: {artifacts.first_line(error)}; delete it and run the stage again"
+            f"cannot read checkpoint {where}: {artifacts.first_line(error)}; "
+            "delete its folder and run the stage again"
         ) from error
 
 

@@ -3,6 +3,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mlp_memory.artifacts import ArrayReader, ChunkWriter, Directory, UserError, as_dtype, begin
 from mlp_memory.datastore.embed import EmbedConfig, embed, key_spec
@@ -75,7 +76,11 @@ def test_a_key_that_is_not_finite_is_refused_by_row(decoders, make_decoder, make
     row = 17
     token = int(stream.tokens[row : row + 1][0])
     first = int(np.flatnonzero(stream.tokens[0:40] == token)[0])
-    decoder.embedding[...] = decoder.embedding[...].at[token].set(jnp.nan)
+    graphdef, state = nnx.split(decoder)
+    params = nnx.to_pure_dict(state)
+    params["embedding"] = params["embedding"].at[token].set(jnp.nan)
+    nnx.replace_by_pure_dict(state, params)
+    decoder = nnx.merge(graphdef, state)
     with pytest.raises(UserError, match=rf"keys: row {first} is not finite"):
         embedded(tmp_path / "keys", CONFIG, decoder, stream, mesh)
 

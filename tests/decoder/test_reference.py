@@ -2,6 +2,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -116,8 +117,7 @@ def test_logits_and_every_tap_are_those_of_the_slow_decoder(decoder_config, make
         )
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_neither_states_nor_gradients(decoders, make_decoder, rng, remat):
+def test_rematerialisation_changes_neither_states_nor_gradients(decoders, make_decoder, rng):
     model = make_decoder(decoders["llama"])
     tokens = rng.integers(0, 37, (2, 8))
     graphdef, state = nnx.split(model)
@@ -125,12 +125,13 @@ def test_rematerialisation_changes_neither_states_nor_gradients(decoders, make_d
     def loss(state, remat):
         return (nnx.merge(graphdef, state)(tokens, remat=remat)[0] ** 3).sum()
 
-    for name in ("none", remat):
-        value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(state, name)
-        if name == "none":
-            expected = value, grads
-    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), grads, expected[1])
+    run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    value, grads = run(state, "none")
+    for remat in ("dots", "full"):
+        found_value, found_grads = run(state, remat)
+        np.testing.assert_allclose(found_value, value, rtol=1e-5)
+        for a, b in zip(jax.tree.leaves(found_grads), jax.tree.leaves(grads)):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max() + 1))
 
 
 @pytest.mark.parametrize("layer", [-4, 3, 100])

@@ -1,0 +1,56 @@
+"""Every setting of a run, section by section; plain dataclasses, no gin."""
+
+import dataclasses
+from typing import Any
+
+from mlp_memory.artifacts import config_dict
+from mlp_memory.corpus.config import CorpusConfig
+from mlp_memory.datastore.embed import EmbedConfig
+from mlp_memory.decoder.config import DecoderConfig
+from mlp_memory.decoder.pretrain import PretrainConfig
+from mlp_memory.evaluation.config import EvaluateConfig
+from mlp_memory.index.config import IndexConfig
+from mlp_memory.inference.generate import GenerateConfig
+from mlp_memory.joint.train import JointConfig
+from mlp_memory.memory.distill import DistillConfig
+from mlp_memory.memory.mlp import MemoryConfig
+from mlp_memory.parallel.mesh import MeshConfig
+from mlp_memory.targets.config import RetrieveConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class BaselineConfig:
+    """The decoder-only peer: as many parameters, and as many training FLOPs, as decoder and
+    memory together.
+
+    Attributes:
+      enabled: False leaves the stage, and its row in the results, out.
+      learning_rate: 0 takes pretraining's.
+    """
+
+    enabled: bool = True
+    learning_rate: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every section of a recipe; a field's name is its gin name."""
+
+    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
+    decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    pretrain: PretrainConfig = dataclasses.field(default_factory=PretrainConfig)
+    embed: EmbedConfig = dataclasses.field(default_factory=EmbedConfig)
+    index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
+    retrieve: RetrieveConfig = dataclasses.field(default_factory=RetrieveConfig)
+    memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    joint: JointConfig = dataclasses.field(default_factory=JointConfig)
+    baseline: BaselineConfig = dataclasses.field(default_factory=BaselineConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def config_json(config: Config) -> dict[str, Any]:
+    """Every section as plain JSON, settings that cannot change a result left out."""
+    return {f.name: config_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
