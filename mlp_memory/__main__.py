@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import gin
 from mlp_memory import pipeline
 from mlp_memory.artifacts import Directory, UserError, first_line
 from mlp_memory.config import Config
-from mlp_memory.dry_run import shapes_table
 
 _SAVED = "config.gin"
 _EPILOG = """\
@@ -113,18 +113,18 @@ def load_config(files: list[str], bindings: list[str], workdir: Directory) -> Co
 
 def _explain(error: BaseException) -> str:
     """gin's message in one line, with the nearest known name."""
-    text = " ".join(str(error).split())
-    unknown = [word.strip("'\"`.,:") for word in text.split()]
-    names = [f"{n}.{f.name}" for n, s in _sections().items() for f in dataclasses.fields(s)]
-    for word in unknown:
-        near = difflib.get_close_matches(word, [*SECTIONS, *names, *(n.split(".")[1] for n in names)], n=1)
-        if near and near[0] != word:
-            return f"gin: {text[:300]} (did you mean {near[0]!r}?)"
-    return f"gin: {text[:300]}"
-
-
-def _sections() -> dict[str, type]:
-    return {field.name: field.default_factory for field in dataclasses.fields(Config)}
+    text = " ".join(str(error).split())[:300]
+    if found := re.search(r"[Nn]o configurable matching '([^']+)'", text):
+        name, known = found.group(1), list(SECTIONS)
+    elif found := re.search(r"'([^']+)' doesn't have a parameter named '([^']+)'", text):
+        section = found.group(1).rsplit(".", 1)[-1]
+        fields = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+        name = found.group(2)
+        known = [f.name for f in dataclasses.fields(fields[section])] if section in fields else []
+    else:
+        return f"gin: {text}"
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"gin: {text} ({f'did you mean {near[0]!r}?' if near else 'there are: ' + ', '.join(known)})"
 
 
 def _run(args: argparse.Namespace, job: pipeline.Job) -> None:
@@ -137,7 +137,7 @@ def _run(args: argparse.Namespace, job: pipeline.Job) -> None:
 
     for stage in pipeline.STAGES:
         if stage.wanted(job.config) and not stage.is_done(job):
-            print(f"--- {stage.name}: {stage.help}", file=sys.stderr, flush=True)
+            print(f"--- {stage.name}: {stage.help}", flush=True)
             _work(job, stage)
             sys.stdout.flush()
             os.execv(sys.executable, [sys.executable, "-m", "mlp_memory", *sys.argv[1:]])
@@ -146,10 +146,13 @@ def _run(args: argparse.Namespace, job: pipeline.Job) -> None:
 
 
 def _work(job: pipeline.Job, stage: pipeline.Stage) -> None:
+    import jax
+
     from mlp_memory.parallel.mesh import start_processes
     from mlp_memory.workdir import exclusive, timed
 
     start_processes()
+    job.config.mesh.sizes(jax.device_count())  # an impossible mesh is told before any stage's work
     with exclusive(job.workdir):
         with timed(job.workdir, stage):
             stage.work(job, job.workdir / stage.folder)
@@ -180,6 +183,8 @@ def _dispatch(args: argparse.Namespace) -> None:
     config = load_config(args.gin_file, args.gin, workdir)
     job = pipeline.Job(workdir, config)
     if args.dry_run:
+        from mlp_memory.dry_run import shapes_table
+
         print(gin.operative_config_str())
         print(shapes_table(config))
     elif args.stage == "run":

@@ -5,16 +5,14 @@ from typing import Any
 
 from mlp_memory.artifacts import config_dict
 from mlp_memory.corpus.config import CorpusConfig
-from mlp_memory.datastore.embed import EmbedConfig
-from mlp_memory.decoder.config import DecoderConfig
-from mlp_memory.decoder.pretrain import PretrainConfig
+from mlp_memory.datastore.config import EmbedConfig
+from mlp_memory.decoder.config import DecoderConfig, PretrainConfig
 from mlp_memory.evaluation.config import EvaluateConfig
 from mlp_memory.index.config import IndexConfig
-from mlp_memory.inference.generate import GenerateConfig
-from mlp_memory.joint.train import JointConfig
-from mlp_memory.memory.distill import DistillConfig
-from mlp_memory.memory.mlp import MemoryConfig
-from mlp_memory.parallel.mesh import MeshConfig
+from mlp_memory.inference.config import GenerateConfig
+from mlp_memory.joint.config import JointConfig
+from mlp_memory.memory.config import DistillConfig, MemoryConfig
+from mlp_memory.parallel.config import MeshConfig
 from mlp_memory.targets.config import RetrieveConfig
 
 

@@ -12,24 +12,18 @@ from typing import TYPE_CHECKING, Any
 from mlp_memory import artifacts
 from mlp_memory.artifacts import ArraySpec, Directory, Manifest, config_dict
 from mlp_memory.config import Config, config_json
-from mlp_memory.datastore.embed import embed, key_spec
-from mlp_memory.decoder.config import DecoderConfig
-from mlp_memory.decoder.pretrain import (
-    PretrainConfig,
-    equal_parameters,
-    load_decoder,
-    pretrain,
-)
-from mlp_memory.decoder.windows import read, spread
-from mlp_memory.joint.train import train_joint
-from mlp_memory.memory.distill import ValidationRows, distill, load_memory
-from mlp_memory.memory.mlp import MemoryConfig
-from mlp_memory.parallel.mesh import make_mesh
+from mlp_memory.corpus.stream import TokenStream
+from mlp_memory.decoder.config import DecoderConfig, PretrainConfig, equal_parameters
+from mlp_memory.memory.config import MemoryConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from mlp_memory.corpus.stream import TokenStream
+    from mlp_memory.decoder.score import RowReader
+    from mlp_memory.decoder.transformer import Decoder
+    from mlp_memory.evaluation.score import Systems
+    from mlp_memory.memory.distill import ValidationRows
+    from mlp_memory.memory.mlp import Memory
 
 
 class Job:
@@ -38,14 +32,14 @@ class Job:
     def __init__(self, workdir: Directory, config: Config):
         self.workdir, self.config = workdir, config
 
-    def stream(self, split: str) -> "TokenStream":
+    def stream(self, split: str) -> TokenStream:
         """A split of the corpus."""
-        from mlp_memory.corpus.stream import TokenStream
-
         return TokenStream.open(self.workdir / f"corpus/{split}")
 
     @functools.cached_property
     def mesh(self) -> "Mesh":
+        from mlp_memory.parallel.mesh import make_mesh
+
         return make_mesh(self.config.mesh)
 
     def manifest(self, name: str) -> Manifest:
@@ -78,12 +72,36 @@ class Job:
         rate = self.config.baseline.learning_rate or config.learning_rate
         return shape, dataclasses.replace(config, steps=steps, learning_rate=rate)
 
-    def held_out(self, split: str, rows: int) -> ValidationRows:
-        """Tapped states, base log-probabilities and next tokens of about `rows` rows of a split."""
-        stream = self.stream(split)
+    def decoder(self, stage: str = "pretrain") -> "tuple[Decoder, Manifest]":
+        """The decoder that a stage published."""
+        from mlp_memory.decoder.pretrain import load_decoder
+
+        return load_decoder(self.workdir / find_stage(stage).folder, stage, self.mesh)
+
+    def memory(self) -> "tuple[Memory, Manifest]":
+        """The distilled memory."""
+        from mlp_memory.memory.distill import load_memory
+
+        return load_memory(self.workdir / "memory", self.mesh)
+
+    def row_reader(self, stage: str = "pretrain") -> "RowReader":
+        """Reads rows through the decoder of a stage as the datastore's rows are read."""
+        from mlp_memory.datastore.embed import row_reader
+
+        return row_reader(self.config.embed, self.decoder(stage)[0], self.mesh)
+
+    def keys(self) -> artifacts.ArrayReader:
+        """The datastore's keys."""
+        return artifacts.ArrayReader(self.workdir / "datastore", "keys")
+
+    def held_out(self, rows: int) -> "ValidationRows":
+        """About `rows` validation rows as the base decoder reads them."""
+        from mlp_memory.decoder.windows import read, spread
+        from mlp_memory.memory.distill import ValidationRows
+
+        stream = self.stream("validation")
         ranges = spread(len(stream), rows)
-        decoder, _ = load_decoder(self.workdir / "decoder", "pretrain", self.mesh)
-        taps, log_prob = self.config.embed.reader(decoder, self.mesh).taps_and_log_probs(stream, ranges)
+        taps, log_prob = self.row_reader().taps_and_log_probs(stream, ranges)
         scored = read(stream.has_next, ranges)
         return ValidationRows(taps[scored], log_prob[scored], read(stream.labels, ranges)[scored])
 
@@ -146,13 +164,17 @@ def _tokenize(job: Job, directory: Directory) -> None:
 
 
 def _pretrain(job: Job, directory: Directory) -> None:
+    from mlp_memory.decoder.pretrain import pretrain
+
     manifest = _begin("pretrain", "decoder", job, directory)
     streams = (job.stream("train"), job.stream("validation"))
     pretrain(directory, manifest, job.decoder_config, job.config.pretrain, *streams, job.mesh)
 
 
 def _embed(job: Job, directory: Directory) -> None:
-    decoder, _ = load_decoder(job.workdir / "decoder", "pretrain", job.mesh)
+    from mlp_memory.datastore.embed import embed, key_spec
+
+    decoder, _ = job.decoder()
     stream = job.stream("train")
     spec = key_spec(job.config.embed, len(stream), decoder.config.dim)
     manifest = _begin("embed", "datastore", job, directory, {"keys": spec})
@@ -162,11 +184,9 @@ def _embed(job: Job, directory: Directory) -> None:
 def _index(job: Job, directory: Directory) -> None:
     from mlp_memory.index.stage import build_index
 
-    keys = artifacts.ArrayReader(job.workdir / "datastore", "keys")
-    parents = job.fingerprints("datastore")
-    build_index(
-        directory, keys, parents["datastore"], job.stream("train"), job.config.index, job.config.retrieve.k
-    )
+    parent = job.fingerprints("datastore")["datastore"]
+    stream, config = job.stream("train"), job.config
+    build_index(directory, job.keys(), parent, stream, config.index, config.retrieve.k)
 
 
 def _retrieve(job: Job, directory: Directory) -> None:
@@ -175,42 +195,35 @@ def _retrieve(job: Job, directory: Directory) -> None:
 
     config, validation = job.config.retrieve, None
     if config.temperature == "auto":
-        rows = job.held_out("validation", config.validation_rows)
+        rows = job.held_out(config.validation_rows)
         validation = Validation(rows.taps_NxD, rows.base_log_prob_N, rows.labels_N)
-    keys = artifacts.ArrayReader(job.workdir / "datastore", "keys")
     index = ScannIndex.load(job.workdir / "index")
     parents = job.fingerprints(*find_stage("retrieve").parents(job.config))
-    retrieve(directory, job.stream("train"), keys, index, parents, config, validation)
+    retrieve(directory, job.stream("train"), job.keys(), index, parents, config, validation)
 
 
 def _distill(job: Job, directory: Directory) -> None:
-    manifest = _begin("distill", "memory", job, directory)
-    config = job.config.distill
-    distill(
-        directory,
-        manifest,
-        job.memory_config,
-        config,
-        job.stream("train"),
-        artifacts.ArrayReader(job.workdir / "datastore", "keys"),
-        job.workdir / "targets",
-        job.held_out("validation", config.eval_rows),
-        job.mesh,
-    )
+    from mlp_memory.memory.distill import distill
+
+    manifest, config = _begin("distill", "memory", job, directory), job.config.distill
+    held_out = job.held_out(config.eval_rows)
+    data = (job.stream("train"), job.keys(), job.workdir / "targets", held_out)
+    distill(directory, manifest, job.memory_config, config, *data, job.mesh)
 
 
 def _joint(job: Job, directory: Directory) -> None:
+    from mlp_memory.joint.train import train_joint
+
     manifest = _begin("joint", "joint", job, directory)
-    decoder, _ = load_decoder(job.workdir / "decoder", "pretrain", job.mesh)
-    memory, found = load_memory(job.workdir / "memory", job.mesh)
+    memory, distilled = job.memory()
     train_joint(
         directory,
         manifest,
         job.config.joint,
         job.config.embed,
-        decoder,
+        job.decoder()[0],
         memory,
-        found.facts["validation"]["validation_lambda"],
+        distilled.facts["validation"]["validation_lambda"],
         job.stream("train"),
         job.stream("validation"),
         job.mesh,
@@ -218,9 +231,11 @@ def _joint(job: Job, directory: Directory) -> None:
 
 
 def _baseline(job: Job, directory: Directory) -> None:
+    from mlp_memory.decoder.pretrain import pretrain
+
     manifest = _begin("baseline", "baseline", job, directory)
-    shape, config = job.baseline_configs()
-    pretrain(directory, manifest, shape, config, job.stream("train"), job.stream("validation"), job.mesh)
+    streams = (job.stream("train"), job.stream("validation"))
+    pretrain(directory, manifest, *job.baseline_configs(), *streams, job.mesh)
 
 
 def _evaluate(job: Job, directory: Directory) -> None:
@@ -253,25 +268,20 @@ def _evaluate(job: Job, directory: Directory) -> None:
     )
 
 
-def _systems(job: Job) -> Any:
+def _systems(job: Job) -> "Systems":
     """Everything that evaluation compares, loaded."""
     from mlp_memory.evaluation.score import Systems
     from mlp_memory.evaluation.stage import temperatures
     from mlp_memory.index.scann_index import ScannIndex
 
     train, targets = job.stream("train"), job.manifest("targets").facts
-    decoder, _ = load_decoder(job.workdir / "decoder", "pretrain", job.mesh)
-
-    def reader(folder: str) -> Any:
-        return job.config.embed.reader(load_decoder(job.workdir / folder, folder, job.mesh)[0], job.mesh)
-
     return Systems(
-        decoder=decoder,
-        base=job.config.embed.reader(decoder, job.mesh),
-        joint=reader("joint"),
-        baseline=reader("baseline") if job.config.baseline.enabled else None,
-        memory=load_memory(job.workdir / "memory", job.mesh)[0],
-        keys=artifacts.ArrayReader(job.workdir / "datastore", "keys"),
+        decoder=job.decoder()[0],
+        base=job.row_reader(),
+        joint=job.row_reader("joint"),
+        baseline=job.row_reader("baseline") if job.config.baseline.enabled else None,
+        memory=job.memory()[0],
+        keys=job.keys(),
         valid_N=train.has_next(0, len(train)),
         labels_N=train.labels(0, len(train)),
         scann=ScannIndex.load(job.workdir / "index").search,
@@ -289,9 +299,9 @@ def _export(job: Job, directory: Directory) -> None:
         directory,
         manifest,
         models={
-            "decoder": load_decoder(job.workdir / "decoder", "pretrain", job.mesh),
-            "memory": load_memory(job.workdir / "memory", job.mesh),
-            "joint": load_decoder(job.workdir / "joint", "joint", job.mesh),
+            "decoder": job.decoder(),
+            "memory": job.memory(),
+            "joint": job.decoder("joint"),
         },
         tap=dataclasses.asdict(job.config.embed.tap),
         vocabulary=job.workdir / "corpus/vocabulary",
@@ -422,11 +432,10 @@ def continuations(job: Job, prompt: str, model: str) -> Iterator[tuple[str, Iter
 
     config, vocabulary = job.config, Vocabulary.load(job.workdir / "corpus/vocabulary")
     for name in ("base", "base_plus_memory") if model == "both" else (model,):
-        folder, stage = ("joint", "joint") if name == "joint" else ("decoder", "pretrain")
-        decoder, made = load_decoder(job.workdir / folder, stage, job.mesh)
+        decoder, made = job.decoder("joint" if name == "joint" else "pretrain")
         memory, weight = None, 0.0
         if name != "base":
-            memory, distilled = load_memory(job.workdir / "memory", job.mesh)
+            memory, distilled = job.memory()
             weight = (made if name == "joint" else distilled).facts["validation"]["validation_lambda"]
         predictor = Predictor(decoder, memory, weight, config.embed.tap, config.embed.context)
         yield name, continuation(predictor, vocabulary, prompt, config.generate)

@@ -2,23 +2,21 @@
 
 Topics of `help()` come from `pydoc_data.topics`. Pure Python modules are parsed, never
 imported, so that no import has side effects; modules compiled into the interpreter or
-shipped as extensions have no source and are imported for their docstrings.
+shipped as extensions have no source; `compiled_docs` imports them in a fresh interpreter.
 """
 
 import ast
 import functools
-import importlib
-import importlib.machinery
-import importlib.util
-import inspect
+import json
+import subprocess
 import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 from mlp_memory.artifacts import UserError
+from mlp_memory.corpus import compiled_docs
 
 # Tests, demos, jokes; modules that print, open a browser or set up the terminal when imported;
 # topics are read from pydoc_data directly.
@@ -34,7 +32,7 @@ def documents() -> tuple[str, ...]:
     The texts depend on the version and build of Python alone.
 
     Raises:
-      UserError: this Python was built without its topics.
+      UserError: this Python lacks its topics or cannot start another.
     """
     try:
         from pydoc_data.topics import topics
@@ -43,13 +41,10 @@ def documents() -> tuple[str, ...]:
             f"{sys.executable} has no pydoc_data.topics: use another Python, or source 'jsonl' or 'text'"
         ) from error
     sections = [_printable(topics[name]) for name in sorted(topics)]
-    modules = dict(_source_modules())
-    for name in _compiled_module_names():
-        modules.setdefault(name, None)
+    modules = _compiled_modules()
+    modules.update((name, list(_from_source(name, path))) for name, path in _source_modules())
     for name in sorted(modules):
-        path = modules[name]
-        parts = list(_from_source(name, path) if path else _from_import(name))
-        if parts:
+        if parts := modules[name]:
             sections.append(_printable("\n\n\n".join(f"{title}\n\n{text}" for title, text in parts) + "\n"))
     return tuple(sections)
 
@@ -72,15 +67,19 @@ def _source_modules() -> Iterator[tuple[str, Path]]:
                 yield ".".join(parts), path
 
 
-def _compiled_module_names() -> Iterator[str]:
-    """Public top-level modules that are built in or extension files."""
-    for name in sorted(filter(_is_public, sys.stdlib_module_names)):
-        if name in sys.builtin_module_names:
-            yield name
-            continue
-        spec = importlib.util.find_spec(name)
-        if spec is not None and isinstance(spec.loader, importlib.machinery.ExtensionFileLoader):
-            yield name
+def _compiled_modules() -> dict[str, list[tuple[str, str]]]:
+    """Headings and docstrings of each public module that is built in or an extension file."""
+    names = sorted(filter(_is_public, sys.stdlib_module_names))
+    command = [sys.executable, "-I", "-S", compiled_docs.__file__, *names]
+    try:
+        output = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        raise UserError(
+            f"{sys.executable or 'this Python'} cannot list its documentation ({why}): "
+            "use another Python, or source 'jsonl' or 'text'"
+        ) from error
+    return {name: [tuple(pair) for pair in pairs] for name, pairs in json.loads(output).items()}
 
 
 def _from_source(name: str, path: Path) -> Iterator[tuple[str, str]]:
@@ -108,38 +107,6 @@ def _from_body(prefix: str, body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
                 yield from _from_body(prefix, getattr(node, field, []))
             for handler in getattr(node, "handlers", []):
                 yield from _from_body(prefix, handler.body)
-
-
-def _from_import(name: str) -> Iterator[tuple[str, str]]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecated modules are documentation too
-            module = importlib.import_module(name)
-    except ImportError:  # its shared library is not installed: it has no documentation here
-        return
-    if text := inspect.getdoc(module):
-        yield name, text
-    yield from _from_members(name, module, module)
-
-
-def _from_members(prefix: str, owner: object, module: ModuleType) -> Iterator[tuple[str, str]]:
-    for name, value in sorted(vars(owner).items()):
-        if name.startswith("_"):
-            continue
-        if isinstance(owner, ModuleType):
-            # Names put there by others (site, a test runner, an interactive shell) are not its own.
-            if getattr(value, "__module__", None) != module.__name__ or not (
-                inspect.isclass(value) or inspect.isroutine(value)
-            ):
-                continue
-        elif not (inspect.isroutine(value) or inspect.isdatadescriptor(value)):
-            continue
-        # The object's own docstring: inspect.getdoc would repeat the base class's in each subclass.
-        text = getattr(value, "__doc__", None)
-        if isinstance(text, str) and text:
-            yield f"{prefix}.{name}", inspect.cleandoc(text)
-        if inspect.isclass(value):
-            yield from _from_members(f"{prefix}.{name}", value, module)
 
 
 def _printable(text: str) -> str:

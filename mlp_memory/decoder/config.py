@@ -1,8 +1,9 @@
-"""The shape of a decoder, and where its hidden state is tapped."""
+"""The shape of a decoder, where its hidden state is tapped, and how it is pretrained."""
 
 import dataclasses
 
 from mlp_memory.artifacts import UserError
+from mlp_memory.training.config import TrainConfig
 
 
 def require(condition: bool, message: str) -> None:
@@ -141,3 +142,54 @@ class DecoderConfig:
 def default_ffn_dim(dim: int, activation: str) -> int:
     """4·dim for GELU; 8/3·dim rounded up to a multiple of 16 for SwiGLU (as many weights)."""
     return 4 * dim if activation == "gelu" else -(-(8 * dim) // (3 * 16)) * 16
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """Training of a language model; one step reads batch_size windows of `context` tokens."""
+
+    context: int = 256
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.context, int) or self.context < 2:
+            raise UserError(f"pretrain.context = {self.context!r} must be 2 or more")
+
+
+def equal_parameters(base: DecoderConfig, parameters: int) -> DecoderConfig:
+    """A decoder like `base` with as close to `parameters` parameters as its shape allows.
+
+    Same width, heads and vocabulary, untied head; depth first (as many layers as fit), then
+    the feed-forward's width takes up the rest.
+    """
+    best = None
+    for layers in range(1, 4 * max(1, parameters // max(1, base.dim * base.dim)) + 2):
+        for step in range(1, 6 * base.dim // 16 + 1):
+            candidate = dataclasses.replace(base, layers=layers, ffn_dim=16 * step, tied=False)
+            size = parameter_count(candidate)
+            # Of candidates as close as 1 %, the one nearest the family's usual proportions.
+            usual = dataclasses.replace(candidate, ffn_dim=0).hidden_dim
+            miss = abs(size - parameters) / parameters
+            rank = (miss > 0.01, miss if miss > 0.01 else abs(candidate.hidden_dim / usual - 1), miss)
+            if best is None or rank < best[0]:
+                best = (rank, candidate)
+        if parameter_count(dataclasses.replace(base, layers=layers, ffn_dim=16, tied=False)) > parameters:
+            break
+    return best[1]
+
+
+def parameter_count(config: DecoderConfig) -> int:
+    """Scalars in all parameters of that shape."""
+    per_linear = (lambda i, o: i * o + o) if config.bias else (lambda i, o: i * o)
+    d, e = config.dim, config.head_dim
+    norm = 2 * d if config.norm == "layernorm" else d
+    attention = (
+        per_linear(d, config.heads * e)
+        + 2 * per_linear(d, config.num_kv_heads * e)
+        + per_linear(config.heads * e, d)
+    )
+    ups = 2 if config.activation == "swiglu" else 1
+    ffn = ups * per_linear(d, config.hidden_dim) + per_linear(config.hidden_dim, d)
+    ends = config.vocab_size * d * (1 if config.tied else 2) + norm
+    positions = config.max_positions * d if config.positions == "learned" else 0
+    return config.layers * (attention + ffn + 2 * norm) + ends + positions

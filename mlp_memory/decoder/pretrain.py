@@ -11,27 +11,14 @@ from jax.sharding import Mesh
 from mlp_memory import artifacts
 from mlp_memory.artifacts import Directory, Manifest, UserError
 from mlp_memory.corpus.stream import TokenStream
-from mlp_memory.decoder.config import DecoderConfig, Tap
+from mlp_memory.decoder.config import DecoderConfig, PretrainConfig, Tap
 from mlp_memory.decoder.score import RowReader
 from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.decoder.windows import WindowPlan, WindowSource, read, spread
 from mlp_memory.training import checkpoints
 from mlp_memory.training.batches import Batches
-from mlp_memory.training.config import TrainConfig
 from mlp_memory.training.loop import Task, compute_dtype, train
 from mlp_memory.training.sparse_head import label_log_prob
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainConfig(TrainConfig):
-    """Training of a language model; one step reads batch_size windows of `context` tokens."""
-
-    context: int = 256
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not isinstance(self.context, int) or self.context < 2:
-            raise UserError(f"pretrain.context = {self.context!r} must be 2 or more")
 
 
 def language_model_loss(model: Decoder, dtype: Any, batch: dict[str, jax.Array], remat: str) -> jax.Array:
@@ -114,42 +101,3 @@ def load_decoder(directory: Directory, stage: str, mesh: Mesh) -> tuple[Decoder,
     config = DecoderConfig(**manifest.facts["model"])
     abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
     return checkpoints.restore(directory, manifest, abstract, mesh), manifest
-
-
-def equal_parameters(base: DecoderConfig, parameters: int) -> DecoderConfig:
-    """A decoder like `base` with as close to `parameters` parameters as its shape allows.
-
-    Same width, heads and vocabulary, untied head; depth first (as many layers as fit), then
-    the feed-forward's width takes up the rest.
-    """
-    best = None
-    for layers in range(1, 4 * max(1, parameters // max(1, base.dim * base.dim)) + 2):
-        for step in range(1, 6 * base.dim // 16 + 1):
-            candidate = dataclasses.replace(base, layers=layers, ffn_dim=16 * step, tied=False)
-            size = parameter_count(candidate)
-            # Of candidates as close as 1 %, the one nearest the family's usual proportions.
-            usual = dataclasses.replace(candidate, ffn_dim=0).hidden_dim
-            miss = abs(size - parameters) / parameters
-            rank = (miss > 0.01, miss if miss > 0.01 else abs(candidate.hidden_dim / usual - 1), miss)
-            if best is None or rank < best[0]:
-                best = (rank, candidate)
-        if parameter_count(dataclasses.replace(base, layers=layers, ffn_dim=16, tied=False)) > parameters:
-            break
-    return best[1]
-
-
-def parameter_count(config: DecoderConfig) -> int:
-    """Scalars in all parameters of that shape."""
-    per_linear = (lambda i, o: i * o + o) if config.bias else (lambda i, o: i * o)
-    d, e = config.dim, config.head_dim
-    norm = 2 * d if config.norm == "layernorm" else d
-    attention = (
-        per_linear(d, config.heads * e)
-        + 2 * per_linear(d, config.num_kv_heads * e)
-        + per_linear(config.heads * e, d)
-    )
-    ups = 2 if config.activation == "swiglu" else 1
-    ffn = ups * per_linear(d, config.hidden_dim) + per_linear(config.hidden_dim, d)
-    ends = config.vocab_size * d * (1 if config.tied else 2) + norm
-    positions = config.max_positions * d if config.positions == "learned" else 0
-    return config.layers * (attention + ffn + 2 * norm) + ends + positions

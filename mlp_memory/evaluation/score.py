@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from mlp_memory import artifacts
 from mlp_memory.artifacts import ArrayReader, ArraySpec, ChunkWriter, Directory
 from mlp_memory.corpus.stream import TokenStream
-from mlp_memory.datastore.embed import EmbedConfig
+from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.decoder.score import RowReader
 from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.decoder.windows import Ranges, cut, read

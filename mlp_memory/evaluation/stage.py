@@ -10,7 +10,7 @@ from mlp_memory import artifacts
 from mlp_memory.artifacts import Directory, Manifest
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.corpus.vocabulary import Vocabulary
-from mlp_memory.datastore.embed import EmbedConfig
+from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.decoder.windows import Ranges, read, spread
 from mlp_memory.evaluation.config import EvaluateConfig
 from mlp_memory.evaluation.evaluate import summarize

@@ -251,7 +251,9 @@ def _build(keys_PxD: np.ndarray, leaves: int, dimensions_per_block: int) -> Any:
     """A searcher over the keys; the same keys give the same searcher in any process."""
     # The number of neighbours and candidates only are defaults: each search names its own.
     builder = _scann().builder(keys_PxD, 1, "squared_l2")
-    builder.set_n_training_threads(os.cpu_count() or 1)
+    # With more threads rows near two leaves go to either, from run to run: 215 of 697k in one
+    # comparison. One thread costs half as much time again (30 s against 20 there).
+    builder.set_n_training_threads(1)
     if leaves:
         # The random start of k-means has no seed; k-means++ repeats from run to run.
         builder.tree(leaves, leaves, random_init=False)

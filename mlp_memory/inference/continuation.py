@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from mlp_memory.corpus.vocabulary import Vocabulary
-from mlp_memory.inference.generate import GenerateConfig, generate
+from mlp_memory.inference.config import GenerateConfig
+from mlp_memory.inference.generate import generate
 from mlp_memory.inference.next_token import Predictor
 
 

@@ -8,39 +8,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from mlp_memory.artifacts import Directory, Manifest, UserError
+from mlp_memory.artifacts import Directory, Manifest
 from mlp_memory.corpus.stream import TokenStream
-from mlp_memory.datastore.embed import EmbedConfig
+from mlp_memory.datastore.config import EmbedConfig
+from mlp_memory.datastore.embed import row_reader
 from mlp_memory.decoder.config import Tap
-from mlp_memory.decoder.pretrain import PretrainConfig
 from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.decoder.windows import WindowSource, read, spread
+from mlp_memory.joint.config import JointConfig
 from mlp_memory.memory.distill import mixture_figures
 from mlp_memory.memory.mlp import Memory
 from mlp_memory.memory.score import memory_log_probs
 from mlp_memory.training.batches import Batches
 from mlp_memory.training.loop import Task, compute_dtype, train
 from mlp_memory.training.sparse_head import label_log_prob
-
-
-@dataclasses.dataclass(frozen=True)
-class JointConfig(PretrainConfig):
-    """Training of the decoder under the mixture.
-
-    Attributes:
-      interpolation: λ during training, or "auto": the best on validation after distilling.
-      through_memory: gradient reaches the decoder through the memory's input too.
-    """
-
-    interpolation: float | str = "auto"
-    through_memory: bool = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.interpolation != "auto" and not (
-            isinstance(self.interpolation, int | float) and 0 <= self.interpolation < 1
-        ):
-            raise UserError(f"joint.interpolation = {self.interpolation!r}: use 'auto' or a number in [0, 1)")
 
 
 def mixture_log_prob(memory_N: jax.Array, base_N: jax.Array, weight: float) -> jax.Array:
@@ -113,7 +94,7 @@ def train_joint(
     labels_N = read(validation_stream.labels, ranges)[scored]
 
     def evaluate(model: Decoder) -> dict[str, float]:
-        taps, log_prob_N = embed.reader(model, mesh).taps_and_log_probs(validation_stream, ranges)
+        taps, log_prob_N = row_reader(embed, model, mesh).taps_and_log_probs(validation_stream, ranges)
         memory_N = memory_log_probs(memory, taps[scored], labels_N, mesh, dtype)
         return mixture_figures(log_prob_N[scored], memory_N)
 

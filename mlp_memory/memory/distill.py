@@ -12,34 +12,14 @@ from jax.sharding import Mesh
 from mlp_memory import artifacts
 from mlp_memory.artifacts import ArrayReader, Directory, Manifest, UserError
 from mlp_memory.corpus.stream import TokenStream
-from mlp_memory.memory.mlp import Memory, MemoryConfig
+from mlp_memory.memory.config import DistillConfig, MemoryConfig
+from mlp_memory.memory.mlp import Memory
 from mlp_memory.memory.score import memory_log_probs
 from mlp_memory.targets.interpolation import best_lambda
 from mlp_memory.training import checkpoints
 from mlp_memory.training.batches import Batches
-from mlp_memory.training.config import TrainConfig
 from mlp_memory.training.loop import Task, compute_dtype, train
 from mlp_memory.training.sparse_head import named_logits, sparse_cross_entropy
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillConfig(TrainConfig):
-    """Training of the memory; one step reads batch_size blocks of `block_rows` rows.
-
-    Attributes:
-      alpha: weight of the teacher; 1 − alpha is the weight of the true next token.
-      block_rows: consecutive rows that are read, and shuffled, as one.
-    """
-
-    alpha: float = 0.4
-    block_rows: int = 16
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.alpha <= 1:
-            raise UserError(f"distill.alpha = {self.alpha} must lie in [0, 1]")
-        if self.block_rows < 1:
-            raise UserError(f"distill.block_rows = {self.block_rows} must be 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import time
 from tqdm import tqdm
 
 _LINE_SECONDS = 15.0
+_WORTH_A_LINE_SECONDS = 2.0
 
 
 class Progress:
@@ -34,7 +35,7 @@ class Progress:
     def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._done > self._start_done and exc[0] is None:
+        elif exc[0] is None and time.monotonic() - self._start >= _WORTH_A_LINE_SECONDS:
             self._print_line()
 
     def advance(self, count: int, **figures: float) -> None:

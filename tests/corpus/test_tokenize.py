@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -52,7 +53,7 @@ def test_not_one_token_is_dropped(corpus, config):
         texts = list(read_split(config, input_files(config), split))
         expected = [[vocabulary.bos, *vocabulary.encode(text), vocabulary.eos] for text in texts]
         stream = TokenStream.open(corpus / split)
-        assert stream.tokens[0 : len(stream)].tolist() == sum(expected, [])
+        assert stream.tokens[0 : len(stream)].tolist() == [i for ids in expected for i in ids]
         assert np.diff(stream.bounds_D1).tolist() == [len(ids) for ids in expected]
         for text, start, stop in zip(texts, stream.bounds_D1, stream.bounds_D1[1:]):
             assert vocabulary.decode(stream.tokens[start:stop]) == text
@@ -143,16 +144,15 @@ def test_a_kill_at_any_write_and_a_second_run_give_the_same_bytes(tmp_path, corp
 
 def test_whatever_is_deleted_or_damaged_is_made_again(corpus, config, rng):
     whole = contents(corpus)
+    # Half a manifest is for a person to decide on (a test of artifacts).
+    manifests = [name for name in whole if name.endswith("manifest.json")]
     for _ in range(5):
         for name in rng.sample(sorted(whole), rng.randrange(1, 6)):
             path = corpus.path / name
-            path.unlink() if rng.random() < 0.7 else path.write_bytes(whole[name][: len(whole[name]) // 2])
-        try:
-            tokenize(corpus, config)
-        except UserError as error:  # half a manifest is for a person to decide on
-            assert "manifest.json is damaged" in str(error)
-            for name, data in whole.items():
-                (corpus.path / name).write_bytes(data)
+            path.unlink() if name in manifests or rng.random() < 0.6 else path.write_bytes(
+                whole[name][: len(whole[name]) // 2]
+            )
+        tokenize(corpus, config)
         assert contents(corpus) == whole
 
 
@@ -182,16 +182,12 @@ def test_a_finished_corpus_needs_no_input_but_refuses_a_changed_one(corpus, conf
 
 
 def test_another_config_is_refused_with_both_values(corpus, config):
-    import dataclasses
-
     with pytest.raises(UserError) as caught:
         tokenize(corpus, dataclasses.replace(config, vocab_size=331))
     assert "vocab_size = 330, now it is 331" in str(caught.value)
 
 
 def test_a_given_vocabulary_is_taken_over_and_wide_ids_are_uint32(tmp_path, config, make_text):
-    import dataclasses
-
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(
@@ -236,8 +232,6 @@ def test_a_model_without_bos_uses_eos_for_both(tmp_path, config, make_text):
     )
     path = tmp_path / "plain.model"
     path.write_bytes(model.getvalue())
-    import dataclasses
-
     directory = Directory(tmp_path / "plain")
     tokenize(directory, dataclasses.replace(config, vocab_file=str(path)))
     vocabulary = Vocabulary.load(directory / "vocabulary")
@@ -246,7 +240,7 @@ def test_a_model_without_bos_uses_eos_for_both(tmp_path, config, make_text):
     texts = read_split(config, input_files(config), "train")
     expected = [[vocabulary.eos, *vocabulary.encode(text), vocabulary.eos] for text in texts]
     stream = TokenStream.open(directory / "train")
-    assert stream.tokens[0 : len(stream)].tolist() == sum(expected, [])
+    assert stream.tokens[0 : len(stream)].tolist() == [i for ids in expected for i in ids]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +284,7 @@ for name in ("absent.jsonl", "*.txt", "bad.jsonl"):
         tokenize(Directory(sys.argv[1] + "/corpus"), CorpusConfig("jsonl", f"{sys.argv[1]}/{name}"))
     except UserError as error:
         print(error)
-sys.exit(",".join({"tensorflow", "seqio", "tensorflow_text"} & set(sys.modules)))
+sys.exit(len({"tensorflow", "seqio", "tensorflow_text"} & set(sys.modules)))
 """
     result = subprocess.run(
         [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False

@@ -1,3 +1,5 @@
+import hashlib
+import itertools
 import json
 import re
 import subprocess
@@ -95,7 +97,7 @@ def test_the_sample_is_even_and_of_the_right_size(rng):
     lines = [str(i) for i in range(2000)]
     kept = list(map(int, vocabulary_training._sample(lines, share)))
     assert abs(len(kept) - 2000 * share) <= 1
-    assert max(b - a for a, b in zip(kept, kept[1:])) <= 1 / share + 1
+    assert max(b - a for a, b in itertools.pairwise(kept)) <= 1 / share + 1
     assert list(vocabulary_training._sample(lines, 1.0)) == lines
 
 
@@ -114,8 +116,6 @@ def write_vocabulary(directory: Directory, model: bytes, sha256: str) -> None:
 
 
 def test_a_damaged_or_missing_model_is_refused(tmp_path, rng, make_text):
-    import hashlib
-
     model = bytearray(train([make_text(300)], 300).model)
     directory = Directory(tmp_path / "vocabulary")
     with pytest.raises(UserError, match="tokenize"):

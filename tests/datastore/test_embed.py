@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from flax import nnx
 
 from mlp_memory.artifacts import ArrayReader, ChunkWriter, Directory, UserError, as_dtype, begin
-from mlp_memory.datastore.embed import EmbedConfig, embed, key_spec
+from mlp_memory.datastore.embed import EmbedConfig, embed, key_spec, row_reader
 
 CONFIG = EmbedConfig(context=10, stride=4, chunk_rows=16, batch_windows=3)
 
@@ -25,7 +26,7 @@ def test_keys_do_not_depend_on_chunking_or_batching(
     decoders, make_decoder, make_stream, mesh, tmp_path, rng, name
 ):
     decoder, stream = make_decoder(decoders[name]), make_stream(61)
-    expected = CONFIG.reader(decoder, mesh).taps(stream, 0, len(stream))
+    expected = row_reader(CONFIG, decoder, mesh).taps(stream, 0, len(stream))
     assert expected.shape == (61, decoder.config.dim)
     for i in range(3):
         config = dataclasses.replace(
@@ -81,8 +82,10 @@ def test_a_key_that_is_not_finite_is_refused_by_row(decoders, make_decoder, make
     params["embedding"] = params["embedding"].at[token].set(jnp.nan)
     nnx.replace_by_pure_dict(state, params)
     decoder = nnx.merge(graphdef, state)
-    with pytest.raises(UserError, match=rf"keys: row {first} is not finite"):
+    with pytest.raises(UserError, match=r"keys: row \d+ is not finite") as refused:
         embedded(tmp_path / "keys", CONFIG, decoder, stream, mesh)
+    # A weight of 0 times NaN is NaN: all rows of a window that holds the token are lost.
+    assert first - CONFIG.context < int(re.search(r"row (\d+)", str(refused.value))[1]) <= first
 
 
 def test_a_context_beyond_the_learned_positions_is_refused(

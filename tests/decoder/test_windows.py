@@ -4,7 +4,7 @@ import pytest
 
 from mlp_memory.decoder.config import Tap
 from mlp_memory.decoder.score import RowReader
-from mlp_memory.decoder.windows import WindowPlan, WindowSource, window_arrays
+from mlp_memory.decoder.windows import WindowPlan, WindowSource, read, spread, window_arrays
 
 
 def test_served_rows_tile_any_range_once_and_in_order(rng):
@@ -91,7 +91,7 @@ def reading(decoders, make_decoder, make_stream, rng, mesh):
 
 def test_a_row_is_read_as_it_would_be_alone_after_its_documents_prefix(reading):
     stream, reader, alone_taps, alone_log_probs = reading
-    taps, log_probs = reader.taps_and_log_probs(stream, 0, len(stream))
+    taps, log_probs = reader.taps_and_log_probs(stream, [(0, len(stream))])
     np.testing.assert_allclose(taps, alone_taps, atol=5e-5)
     scored = stream.has_next(0, len(stream))
     np.testing.assert_allclose(log_probs[scored], alone_log_probs[scored], atol=5e-5)
@@ -100,12 +100,37 @@ def test_a_row_is_read_as_it_would_be_alone_after_its_documents_prefix(reading):
 
 def test_ranges_read_apart_are_the_rows_of_the_whole(reading, rng):
     stream, reader, *_ = reading
-    taps, log_probs = reader.taps_and_log_probs(stream, 0, len(stream))
+    taps, log_probs = reader.taps_and_log_probs(stream, [(0, len(stream))])
     for _ in range(6):
         start = int(rng.integers(0, len(stream)))
         stop = int(rng.integers(start + 1, len(stream) + 1))
-        found = reader.taps_and_log_probs(stream, start, stop)
+        found = reader.taps_and_log_probs(stream, [(start, stop)])
         assert len(found[0]) == len(found[1]) == stop - start
         np.testing.assert_allclose(found[0], taps[start:stop], atol=1e-5)
         np.testing.assert_allclose(found[1], log_probs[start:stop], atol=1e-5)
         np.testing.assert_array_equal(reader.taps(stream, start, stop), reader.taps(stream, start, stop))
+
+
+def test_several_ranges_are_read_one_after_the_other(reading, rng):
+    stream, reader, *_ = reading
+    taps, log_probs = reader.taps_and_log_probs(stream, [(0, len(stream))])
+    ranges = [(3, 9), (20, 21), (21, 40), (70, 75)]
+    rows = np.concatenate([np.arange(a, b) for a, b in ranges])
+    found = reader.taps_and_log_probs(stream, ranges)
+    np.testing.assert_allclose(found[0], taps[rows], atol=1e-5)
+    np.testing.assert_allclose(found[1], log_probs[rows], atol=1e-5)
+    np.testing.assert_array_equal(read(stream.labels, ranges), stream.labels(0, len(stream))[rows])
+
+
+def test_spread_ranges_are_in_order_and_hold_as_many_rows_as_asked(rng):
+    for _ in range(200):
+        total = int(rng.integers(1, 5000))
+        most = int(rng.integers(0, 6000))
+        ranges = spread(total, most)
+        rows = [row for a, b in ranges for row in range(a, b)]
+        assert all(a < b for a, b in ranges)
+        assert rows == sorted(set(rows))
+        assert rows[0] >= 0
+        assert rows[-1] < total
+        wanted = min(most, total) if most else total
+        assert wanted - 256 < len(rows) <= wanted

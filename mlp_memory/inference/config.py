@@ -1,0 +1,31 @@
+"""How tokens are drawn."""
+
+import dataclasses
+
+from mlp_memory.artifacts import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """How tokens are drawn.
+
+    Attributes:
+      max_tokens: most tokens to add.
+      temperature: 0 takes the most likely token each time.
+      top_k: draw among this many most likely tokens; 0 for all.
+      top_p: draw among the fewest tokens that hold this much probability.
+      seed: of the draws.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_tokens < 1 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"generate: max_tokens = {self.max_tokens} must be 1 or more, temperature = "
+                f"{self.temperature} and top_k = {self.top_k} 0 or more, top_p = {self.top_p} in (0, 1]"
+            )
