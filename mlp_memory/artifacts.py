@@ -267,15 +267,23 @@ def _first_difference(a: Any, b: Any, prefix: str = "") -> tuple[str, Any, Any] 
 
 
 def finish(directory: Directory, manifest: Manifest, **facts: Any) -> Manifest:
-    """Declares the artifact whole: the manifest's last write."""
+    """Declares the artifact whole: the manifest's last write. What was needed on the way goes."""
     done = dataclasses.replace(
         manifest, finished=True, facts=json.loads(canonical_json({**manifest.facts, **facts}))
     )
     directory.write(_MANIFEST, done.to_json().encode())
+    sweep(directory)
+    return done
+
+
+def sweep(directory: Directory) -> None:
+    """Removes what a finished artifact needed while it was made and a kill may have left."""
+    for name in ("chunks", "steps"):
+        if not directory.is_local or (directory.path / name).is_dir():
+            (directory / name).delete()
     if directory.is_local:
         for lock in directory.path.rglob("*.__lock"):
             lock.unlink(missing_ok=True)
-    return done
 
 
 def require(directory: Directory, stage: str) -> Manifest:
@@ -387,9 +395,7 @@ class ChunkWriter:
         if self.missing():
             raise ValueError(f"chunks {self.missing()[:5]} are missing")
         checksums = {name: [self._marks[c][name] for c in range(len(self))] for name in self.manifest.arrays}
-        done = finish(self.directory, dataclasses.replace(self.manifest, checksums=checksums), **facts)
-        (self.directory / "chunks").delete()
-        return done
+        return finish(self.directory, dataclasses.replace(self.manifest, checksums=checksums), **facts)
 
 
 class ArrayReader:

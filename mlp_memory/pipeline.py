@@ -142,6 +142,7 @@ class Stage:
         for directory, manifest in zip(directories, found):
             if manifest is not None and manifest.finished:
                 artifacts.require(directory, self.name)
+                artifacts.sweep(directory)
             if manifest is not None and not self.parts:
                 parents = job.fingerprints(*self.parents(job.config))
                 wanted = Manifest(manifest.kind, self.settings(job), parents)

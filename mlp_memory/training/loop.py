@@ -259,6 +259,7 @@ def train(
     steps.wait()
     best, figures = steps.best()
     params = steps.load(best, run.abstract_state())["params"]
+    steps.close()
     done = checkpoints.publish(
         directory,
         manifest,
@@ -268,6 +269,4 @@ def train(
         parameters=checkpoints.count_parameters(run.model(params)),
         **facts,
     )
-    steps.close()
-    (directory / "steps").delete()
     return done
