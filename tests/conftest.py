@@ -1,5 +1,6 @@
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,7 +15,8 @@ from mlp_memory.artifacts import ArraySpec, ChunkWriter, Directory, begin
 from mlp_memory.corpus.stream import BOUNDS_NAME, KIND, TokenStream
 from mlp_memory.decoder.config import DecoderConfig
 from mlp_memory.decoder.transformer import Decoder
-from mlp_memory.parallel.mesh import MeshConfig, make_mesh
+from mlp_memory.parallel.config import MeshConfig
+from mlp_memory.parallel.mesh import make_mesh
 
 VOCAB = 37
 
@@ -56,13 +58,15 @@ DECODERS = {
 }
 
 
-def randomized(model: nnx.Module, rng: np.random.Generator) -> nnx.Module:
-    """The model with noise on every parameter, so that no bias is 0 and no norm's scale is 1."""
-    graphdef, state = nnx.split(model)
-    flat = {
-        path: v.get_value() + 0.2 * jnp.asarray(rng.normal(size=v.get_value().shape), jnp.float32)
-        for path, v in nnx.to_flat_state(state)
-    }
+def randomized(make: Callable[[], nnx.Module], rng: np.random.Generator) -> nnx.Module:
+    """A model of that shape with every parameter random: no bias is 0, no norm's scale is 1."""
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+
+    def value(path: tuple, shape: tuple[int, ...]) -> jax.Array:
+        mean = 1.0 if path[-1] == "scale" else 0.0
+        return jnp.asarray(mean + 0.35 * rng.normal(size=shape), jnp.float32)
+
+    flat = {path: value(path, v.get_value().shape) for path, v in nnx.to_flat_state(state)}
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(flat))
     return nnx.merge(graphdef, state)
 
@@ -90,14 +94,15 @@ def make_decoder(rng: np.random.Generator):
     """config -> a decoder whose parameters are all random."""
 
     def make(config: DecoderConfig) -> Decoder:
-        return randomized(Decoder(config, nnx.Rngs(int(rng.integers(1 << 30)))), rng)
+        return randomized(lambda: Decoder(config, nnx.Rngs(0)), rng)
 
     return make
 
 
 @pytest.fixture
 def randomize(rng: np.random.Generator):
-    return lambda model: randomized(model, rng)
+    """A function that makes a model -> such a model with random parameters."""
+    return lambda make: randomized(make, rng)
 
 
 @pytest.fixture(scope="session")
@@ -116,9 +121,7 @@ def write_stream(folder: Path, tokens: np.ndarray, bounds: np.ndarray, vocab_siz
     for chunk in range(len(writer)):
         start, stop = writer.rows(chunk)
         writer.write(chunk, tokens=np.asarray(tokens[start:stop], np.uint16))
-    writer.finish(
-        vocab_size=vocab_size, words=1, bytes=1, bounds_sha256=hashlib.sha256(data).hexdigest()
-    )
+    writer.finish(vocab_size=vocab_size, words=1, bytes=1, bounds_sha256=hashlib.sha256(data).hexdigest())
     return TokenStream.open(directory)
 
 

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from mlp_memory.artifacts import ArrayReader, ChunkWriter, Directory, UserError, as_dtype, begin
-from mlp_memory.datastore.embed import EmbedConfig, embed, key_spec, row_reader
+from mlp_memory.datastore.config import EmbedConfig
+from mlp_memory.datastore.embed import embed, key_spec, row_reader
 
 CONFIG = EmbedConfig(context=10, stride=4, chunk_rows=16, batch_windows=3)
 

@@ -6,6 +6,7 @@ from flax import nnx
 from mlp_memory.decoder.config import Tap
 from mlp_memory.decoder.transformer import Decoder
 
+
 def influence(
     model: Decoder, tokens_1xT: np.ndarray, segments_1xT: np.ndarray | None, tap: Tap
 ) -> np.ndarray:

@@ -8,8 +8,7 @@ import pytest
 from flax import nnx
 
 from mlp_memory.artifacts import UserError
-from mlp_memory.decoder.config import DecoderConfig, Tap
-from mlp_memory.decoder.pretrain import equal_parameters, parameter_count
+from mlp_memory.decoder.config import DecoderConfig, Tap, equal_parameters, parameter_count
 from mlp_memory.decoder.transformer import Decoder
 
 # The decoder once more in NumPy float64, with loops in place of every trick.
@@ -22,7 +21,9 @@ def slow_norm(x_D, p, config):
 
 
 def slow_linear(x_I, p):
-    y_O = np.array([sum(x_I[i] * p["kernel"][i, o] for i in range(len(x_I))) for o in range(p["kernel"].shape[1])])
+    y_O = np.array(
+        [sum(x_I[i] * p["kernel"][i, o] for i in range(len(x_I))) for o in range(p["kernel"].shape[1])]
+    )
     return y_O + p["bias"] if "bias" in p else y_O
 
 
@@ -51,7 +52,11 @@ def slow_feed_forward(x_D, p, config):
 def slow_attention(x_TxD, segments_T, p, config):
     length, size = len(x_TxD), config.head_dim
     heads = {}
-    for name, count in (("query", config.heads), ("key", config.num_kv_heads), ("value", config.num_kv_heads)):
+    for name, count in (
+        ("query", config.heads),
+        ("key", config.num_kv_heads),
+        ("value", config.num_kv_heads),
+    ):
         heads[name] = [slow_linear(x_TxD[t], p[name]).reshape(count, size) for t in range(length)]
     if config.positions == "rotary":
         for name in ("query", "key"):

@@ -71,7 +71,9 @@ def reading(decoders, make_decoder, make_stream, rng, mesh):
     """A stream, a plan, its reader, and each row's tap and log-probability computed alone."""
     model, stream = make_decoder(decoders["llama"]), make_stream(75)
     plan, tap = WindowPlan(12, 5), Tap(1, "ffn_input")
-    run = jax.jit(lambda tokens: (model(tokens, tap=tap)[1], jax.nn.log_softmax(model.logits(model(tokens)[0]))))
+    run = jax.jit(
+        lambda tokens: (model(tokens, tap=tap)[1], jax.nn.log_softmax(model.logits(model(tokens)[0])))
+    )
     tokens, document = stream.tokens[0:75].astype(np.int32), stream.document_ids(0, 75)
     prefixes = np.zeros((75, 12), np.int32)
     last, windows = np.zeros(75, int), {}

@@ -5,9 +5,11 @@ from flax import nnx
 
 from mlp_memory.artifacts import UserError
 from mlp_memory.decoder.config import Tap
-from mlp_memory.inference.generate import GenerateConfig, generate, sampling_probs
+from mlp_memory.inference.config import GenerateConfig
+from mlp_memory.inference.generate import generate, sampling_probs
 from mlp_memory.inference.next_token import NextToken, Predictor
-from mlp_memory.memory.mlp import Memory, MemoryConfig
+from mlp_memory.memory.config import MemoryConfig
+from mlp_memory.memory.mlp import Memory
 
 CONTEXT = 12
 
@@ -16,18 +18,23 @@ CONTEXT = 12
 def models(decoders, make_decoder, randomize):
     decoder = make_decoder(decoders["llama"])
     shape = MemoryConfig(style="llama", layers=1, dim=8, ffn_dim=16, input_dim=16, vocab_size=37)
-    return decoder, randomize(Memory(shape, nnx.Rngs(0)))
+    return decoder, randomize(lambda: Memory(shape, nnx.Rngs(0)))
 
 
 def test_the_distribution_is_that_of_the_plain_models_on_the_last_tokens(models, rng):
     (decoder, memory), tap, weight = models, Tap(1, "residual"), float(rng.uniform(0.1, 0.9))
     predictor = Predictor(decoder, memory, weight, tap, CONTEXT)
-    for length in (1, CONTEXT - 1, CONTEXT, CONTEXT + 5):
+
+    @jax.jit
+    def plain(tokens_1xT):
+        hidden, tapped = decoder(tokens_1xT, tap=tap)
+        memory_logits = memory(tapped[0, -1:]) @ memory.head_kernel()
+        return jax.nn.softmax(decoder.logits(hidden)[0, -1]), jax.nn.softmax(memory_logits[0])
+
+    for length in (1, CONTEXT, CONTEXT + 5):
         tokens = rng.integers(0, 37, length).tolist()
         found = predictor(tokens)
-        hidden, tapped = decoder(np.array([tokens[-CONTEXT:]]), tap=tap)
-        base = np.asarray(jax.nn.softmax(decoder.logits(hidden)[0, -1]))
-        other = np.asarray(jax.nn.softmax(memory(tapped[:, -1]) @ memory.head_kernel())[0])
+        base, other = map(np.asarray, plain(np.array([tokens[-CONTEXT:]])))
         np.testing.assert_allclose(np.exp(found.base_V), base, atol=1e-5)
         np.testing.assert_allclose(np.exp(found.memory_V), other, atol=1e-5)
         np.testing.assert_allclose(np.exp(found.mixture_V), weight * other + (1 - weight) * base, atol=1e-5)
@@ -56,7 +63,9 @@ def test_sampling_keeps_the_fewest_most_likely_tokens_that_hold_top_p_and_at_mos
     for _ in range(100):
         log_probs = random_log_probs(rng)
         config = GenerateConfig(
-            temperature=float(rng.uniform(0.2, 3)), top_k=int(rng.integers(0, 45)), top_p=float(rng.uniform(0.05, 1))
+            temperature=float(rng.uniform(0.2, 3)),
+            top_k=int(rng.integers(0, 45)),
+            top_p=float(rng.uniform(0.05, 1)),
         )
         tempered = np.exp(log_probs.astype(np.float64) / config.temperature)
         if config.top_k:
@@ -83,7 +92,9 @@ def test_text_repeats_by_its_seed(rng):
     draws = [list(generate(predict, [1], -1, config)) for _ in range(2)]
     assert draws[0] == draws[1]
     assert len(draws[0]) == 30
-    assert draws[0] != list(generate(predict, [1], -1, GenerateConfig(temperature=1.0, max_tokens=30, seed=-1 + 5000)))
+    assert draws[0] != list(
+        generate(predict, [1], -1, GenerateConfig(temperature=1.0, max_tokens=30, seed=-1 + 5000))
+    )
 
 
 def test_draws_follow_the_distribution(rng):

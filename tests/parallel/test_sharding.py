@@ -8,8 +8,10 @@ from mlp_memory.artifacts import UserError
 from mlp_memory.decoder.config import DecoderConfig
 from mlp_memory.decoder.layers import parameter
 from mlp_memory.decoder.transformer import Decoder
-from mlp_memory.memory.mlp import Memory, MemoryConfig
-from mlp_memory.parallel.mesh import AXES, MeshConfig, make_mesh
+from mlp_memory.memory.config import MemoryConfig
+from mlp_memory.memory.mlp import Memory
+from mlp_memory.parallel.config import MeshConfig
+from mlp_memory.parallel.mesh import AXES, make_mesh
 from mlp_memory.parallel.sharding import RULES, spec, state_shardings
 
 MEMORIES = {
@@ -82,7 +84,9 @@ def test_mesh_sizes_multiply_to_the_devices_or_are_refused(rng):
             assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("impossible", [{"data": 3}, {"fsdp": 2}, {"tensor": 0}, {"data": 1.0}, {"fsdp": "2"}])
+@pytest.mark.parametrize(
+    "impossible", [{"data": 3}, {"fsdp": 2}, {"tensor": 0}, {"data": 1.0}, {"fsdp": "2"}]
+)
 def test_an_impossible_mesh_is_refused(impossible):
     with pytest.raises(UserError):
         make_mesh(MeshConfig(**impossible), jax.devices()[:1])

@@ -194,7 +194,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(toy, tmp
 
 def test_a_validation_loss_that_is_not_finite_is_one_line(toy, tmp_path):
     with pytest.raises(UserError, match="validation"):
-        toy.train_toy(tmp_path / "a", config(toy, 5), evaluate=lambda model: {"validation_loss": float("nan")})
+        toy.train_toy(
+            tmp_path / "a", config(toy, 5), evaluate=lambda model: {"validation_loss": float("nan")}
+        )
 
 
 def run_program(folder: Path, steps: int, seconds: float) -> subprocess.Popen:
@@ -226,8 +228,9 @@ def test_a_run_stopped_by_sigterm_and_sigkill_is_a_straight_run_bit_for_bit(toy,
         before = {p.name for p in (folder / "steps").iterdir()} if (folder / "steps").is_dir() else set()
         # A checkpoint of this start, so that the training is under way and not yet over.
         wait_for(
-            lambda before=before: whole_checkpoints(folder)
-            and {p.name for p in (folder / "steps").iterdir()} - before,
+            lambda before=before: (
+                whole_checkpoints(folder) and {p.name for p in (folder / "steps").iterdir()} - before
+            ),
             process,
         )
         time.sleep(float(rng.uniform(0, 0.3)))
@@ -245,9 +248,7 @@ def test_a_run_stopped_by_sigterm_and_sigkill_is_a_straight_run_bit_for_bit(toy,
     assert_same_parameters(toy.load_toy(tmp_path / "straight"), toy.load_toy(folder))
     for name in ("metrics.jsonl", "manifest.json"):
         assert (tmp_path / "straight" / name).read_bytes() == (folder / name).read_bytes(), name
-    listed = [
-        sorted(p.name for p in f.iterdir()) for f in (tmp_path / "straight", folder)
-    ]
+    listed = [sorted(p.name for p in f.iterdir()) for f in (tmp_path / "straight", folder)]
     assert listed[0] == listed[1]
 
 

@@ -6,7 +6,8 @@ from flax import nnx
 
 from mlp_memory.artifacts import UserError
 from mlp_memory.decoder.transformer import Decoder
-from mlp_memory.memory.mlp import Memory, MemoryConfig
+from mlp_memory.memory.config import MemoryConfig
+from mlp_memory.memory.mlp import Memory
 from mlp_memory.training import optimizer
 from mlp_memory.training.config import TrainConfig
 
@@ -59,7 +60,7 @@ def test_weight_decay_is_for_matrices_only_and_stacking_makes_no_matrix(decoder_
 
 def test_weight_decay_moves_matrices_alone(rng, randomize):
     config = MemoryConfig(style="gpt2", layers=2, dim=4, input_dim=4, vocab_size=5)
-    model = randomize(Memory(config, nnx.Rngs(0)))
+    model = randomize(lambda: Memory(config, nnx.Rngs(0)))
     state = nnx.state(model)
     params = nnx.to_pure_dict(state)
     mask = optimizer.decay_mask(state)

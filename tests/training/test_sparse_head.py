@@ -10,7 +10,9 @@ CHUNKS = [1 << 24, 5, 1]
 
 
 def shapes(rng):
-    return (int(x) for x in (rng.integers(2, 30), rng.integers(2, 9), rng.integers(3, 40), rng.integers(1, 7)))
+    return (
+        int(x) for x in (rng.integers(2, 30), rng.integers(2, 9), rng.integers(3, 40), rng.integers(1, 7))
+    )
 
 
 def dense_targets(ids_NxM, weights_NxM, vocab):

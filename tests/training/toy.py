@@ -16,7 +16,8 @@ from flax import nnx
 
 from mlp_memory.artifacts import Directory, begin
 from mlp_memory.decoder.layers import parameter
-from mlp_memory.parallel.mesh import MeshConfig, make_mesh
+from mlp_memory.parallel.config import MeshConfig
+from mlp_memory.parallel.mesh import make_mesh
 from mlp_memory.training import checkpoints
 from mlp_memory.training.batches import Batches
 from mlp_memory.training.config import TrainConfig
