@@ -3,8 +3,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +15,18 @@ from mlp_memory.decoder.config import DecoderConfig
 from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.parallel.config import MeshConfig
 from mlp_memory.parallel.mesh import make_mesh
+
+# Tests are compiled more than they are run. Programs that tests start compile as users do.
+_USERS_FLAGS = os.environ.get("XLA_FLAGS")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    f"{_USERS_FLAGS or ''} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+jax.devices()  # reads the flags
+if _USERS_FLAGS is None:
+    del os.environ["XLA_FLAGS"]
+else:
+    os.environ["XLA_FLAGS"] = _USERS_FLAGS
 
 VOCAB = 37
 
@@ -130,11 +140,45 @@ def make_stream(tmp_path: Path, rng: np.random.Generator):
     """(rows, vocab_size) -> a stream of random documents, one of them a single token."""
     count = iter(range(1000))
 
-    def make(rows: int, vocab_size: int = VOCAB, mean_document: int = 12) -> TokenStream:
+    def make(
+        rows: int, vocab_size: int = VOCAB, mean_document: int = 12, folder: Path | None = None
+    ) -> TokenStream:
         inner = np.flatnonzero(rng.random(rows - 1) < 1 / mean_document) + 1
         alone = int(rng.integers(1, rows - 1))
         bounds = np.unique(np.concatenate([[0, alone, alone + 1, rows], inner]))
         tokens = rng.integers(0, vocab_size, rows)
-        return write_stream(tmp_path / f"stream-{next(count)}", tokens, bounds, vocab_size)
+        return write_stream(folder or tmp_path / f"stream-{next(count)}", tokens, bounds, vocab_size)
 
     return make
+
+
+@pytest.fixture
+def write_arrays():
+    """(folder, name=array...) -> the folder as a finished artifact of these arrays."""
+
+    def write(folder: Path, **arrays: np.ndarray) -> Directory:
+        directory = Directory(folder)
+        specs = {name: ArraySpec(a.shape, a.dtype.name, 32) for name, a in arrays.items()}
+        writer = ChunkWriter(directory, begin(directory, "test", {}, {}, specs))
+        for chunk in range(len(writer)):
+            start, stop = writer.rows(chunk)
+            writer.write(chunk, **{name: a[start:stop] for name, a in arrays.items()})
+        writer.finish()
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def training_inputs(make_stream, write_arrays, tmp_path: Path, rng: np.random.Generator) -> Path:
+    """A folder of streams "train" and "validation" (40 tokens), "datastore" (8 wide) and "targets"."""
+    for name, rows in (("train", 700), ("validation", 120)):
+        make_stream(rows, 40, folder=tmp_path / "inputs" / name)
+    probs = rng.random((700, 3))
+    write_arrays(tmp_path / "inputs/datastore", keys=rng.normal(size=(700, 8)).astype(np.float32))
+    write_arrays(
+        tmp_path / "inputs/targets",
+        token_ids=rng.integers(0, 40, (700, 3)).astype(np.uint16),
+        probs=(probs / probs.sum(1, keepdims=True)).astype(np.float16),
+    )
+    return tmp_path / "inputs"

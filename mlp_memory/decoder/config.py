@@ -81,6 +81,15 @@ class DecoderConfig:
                 isinstance(value, int) and value > 0,
                 f"decoder.{name} = {value!r} must be a positive whole number",
             )
+        for name in ("kv_heads", "ffn_dim", "vocab_size"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) and value >= 0,
+                f"decoder.{name} = {value!r} must be a whole number, 0 or more",
+            )
+        for name in ("norm_epsilon", "rope_base"):
+            value = getattr(self, name)
+            require(value > 0, f"decoder.{name} = {value!r} must be above 0")
         require(
             self.dim % self.heads == 0, f"decoder.dim = {self.dim} does not divide by heads = {self.heads}"
         )

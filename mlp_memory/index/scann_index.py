@@ -37,6 +37,10 @@ from mlp_memory.index.neighbors import nearest_first
 # Below this a tree and codes gain nothing, and k-means has too few rows per leaf.
 _BRUTE_FORCE_ROWS = 4096
 _READ_ROWS = 1 << 16
+# ScaNN searches so many queries together; a batch of fewer than about ten takes another path, whose
+# candidates differ here and there. Filled up to _LEAST_QUERIES, a query's rows are its own.
+_BATCH_QUERIES = 256
+_LEAST_QUERIES = 32
 _GAPS = "rows_without_key.npy"
 
 
@@ -140,7 +144,8 @@ class ScannIndex:
     def search(self, queries_QxD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest rows of each query that were found, by squared L2 distance.
 
-        The same queries give the same result, on any number of threads. Distances are sums of
+        The same queries give the same result, on any number of threads; in other company a query
+        finds the same rows, their distances the same but for the last bit. Distances are sums of
         squared differences; where a shard is searched by brute force they are expanded, with
         a rounding of 1e-6·(|q|² + |k|²).
 
@@ -210,7 +215,12 @@ class _Shard:
             limits = (min(max(reorder, k), keys), min(max(leaves_to_search, 1), self.leaves))
         else:
             limits = (None, None)
-        position_Qxk, sqdist_Qxk = self._searcher.search_batched_parallel(queries_QxD, k, *limits)
+        last_batch = len(queries_QxD) % _BATCH_QUERIES
+        filling = max(_LEAST_QUERIES - last_batch, 0) if last_batch else 0
+        position_Qxk, sqdist_Qxk = self._searcher.search_batched_parallel(
+            np.pad(queries_QxD, ((0, filling), (0, 0)), mode="edge"), k, *limits, batch_size=_BATCH_QUERIES
+        )
+        position_Qxk, sqdist_Qxk = position_Qxk[: len(queries_QxD)], sqdist_Qxk[: len(queries_QxD)]
         # ScaNN pads with position 0 and distance NaN; rounding may leave a distance below zero.
         missing_Qxk = np.isnan(sqdist_Qxk)
         sqdist_Qxk = np.where(missing_Qxk, np.inf, np.maximum(sqdist_Qxk, 0)).astype(np.float32)

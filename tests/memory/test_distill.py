@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlp_memory.artifacts import ArrayReader, ArraySpec, ChunkWriter, Directory, UserError, begin
+from mlp_memory.artifacts import ArrayReader, Directory, UserError, begin
 from mlp_memory.memory.config import DistillConfig, MemoryConfig
 from mlp_memory.memory.distill import TargetSource, ValidationRows, distill, distillation_loss, load_memory
 from mlp_memory.memory.mlp import Memory
@@ -91,19 +91,8 @@ def test_rows_without_weight_have_neither_loss_nor_gradient(batch):
     assert float(jax.jit(loss)(batch["h"], 0 * batch["weight"])) == 0
 
 
-def write_arrays(folder, **arrays):
-    directory = Directory(folder)
-    specs = {name: ArraySpec(a.shape, a.dtype.name, 32) for name, a in arrays.items()}
-    writer = ChunkWriter(directory, begin(directory, "test", {}, {}, specs))
-    for chunk in range(len(writer)):
-        start, stop = writer.rows(chunk)
-        writer.write(chunk, **{name: a[start:stop] for name, a in arrays.items()})
-    writer.finish()
-    return directory
-
-
 @pytest.fixture
-def data(make_stream, tmp_path, rng):
+def data(make_stream, write_arrays, tmp_path, rng):
     stream = make_stream(N, V)
     ids, probs = targets(rng, (N,))
     probs[~stream.has_next(0, N)] = 0

@@ -26,6 +26,7 @@ class Documents:
         self.tokens = rng.integers(0, VOCAB, N).astype(np.int32)
         self.last = rng.random(N) < 0.04
         self.last[[100, 101, N - 1]] = True
+        self.last[[3, 1005]] = False
 
     def __len__(self):
         return N
@@ -120,7 +121,7 @@ def test_rows_without_next_token_have_empty_targets_and_are_nobodys_neighbour(wo
     assert manifest.facts["mean_support"] == pytest.approx(support.mean(), abs=1e-2)
 
 
-def test_a_run_stopped_anywhere_and_resumed_gives_the_same_bytes(world, tmp_path, monkeypatch):
+def test_a_run_stopped_within_a_chunk_and_resumed_gives_the_same_bytes(world, tmp_path, monkeypatch):
     run(world, tmp_path / "straight")
     real = retrieve_module.knn_distribution
     for chunks in (0, 1, 4):

@@ -61,4 +61,4 @@ def test_processes_together_read_the_batches_of_one(rng, monkeypatch, processes)
     for process in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda p=process: p)
         parts.append(numbers(source, 8, seed, 3, 6))
-    assert [sum((part[i] for part in parts), []) for i in range(6)] == straight[3:]
+    assert [[n for part in parts for n in part[i]] for i in range(6)] == straight[3:]

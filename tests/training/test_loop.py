@@ -295,17 +295,18 @@ def test_a_flipped_bit_in_published_parameters_is_refused(toy, tmp_path, rng):
     toy.load_toy(tmp_path / "a")
     files = [p for p in (tmp_path / "a/model").rglob("d/*") if p.is_file()]
     original = {p: p.read_bytes() for p in files}
-    expected = toy.load_toy(tmp_path / "a")
-    for _ in range(10):
+    expected, refused = toy.load_toy(tmp_path / "a"), 0
+    for _ in range(20):
         path = files[int(rng.integers(len(files)))]
         flip_byte(path, rng)
         try:
             found = toy.load_toy(tmp_path / "a")
-        except UserError as error:
-            assert "\n" not in str(error)
+        except UserError:
+            refused += 1
         else:  # a byte that nothing reads, such as another version of the tree
             assert_same_parameters(found, expected)
         path.write_bytes(original[path])
+    assert refused > 0
 
 
 def test_parameters_that_are_not_those_saved_are_refused(toy, tmp_path):

@@ -81,7 +81,7 @@ def test_clipping_bounds_the_gradient_norm(rng):
     for clip, scale in ((1.0, 1 / float(optimizer.global_norm(grads))), (0.0, 1.0)):
         tx = optimizer.make_optimizer(TrainConfig(clip=clip), mask)
         _, state = optimizer.apply(tx, grads, tx.init(params), params)
-        first = [x for x in jax.tree.leaves(state) if x.shape == (4, 5)][0]
+        first = next(x for x in jax.tree.leaves(state) if x.shape == (4, 5))
         np.testing.assert_allclose(first, 0.1 * scale * grads["w"], rtol=1e-4)
 
 
