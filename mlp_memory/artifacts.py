@@ -168,7 +168,11 @@ class Manifest:
                 name: ArraySpec(tuple(s["shape"]), s["dtype"], s["chunk_rows"])
                 for name, s in fields.pop("arrays").items()
             }
-            return cls(arrays=arrays, **fields)
+            manifest = cls(arrays=arrays, **fields)
+            for name in ("config", "parents", "checksums", "facts"):
+                if not isinstance(getattr(manifest, name), dict):
+                    raise TypeError(f"{name} is no table")
+            return manifest
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{where} is damaged ({first_line(error)}): delete its folder and run the stage again"
@@ -322,6 +326,7 @@ def _open(directory: Directory, name: str, spec: ArraySpec, create: bool) -> ts.
             "driver": "zarr3",
             "kvstore": (directory / name).kvstore.spec().to_json(),
             "store_data_equal_to_fill_value": True,
+            "fill_missing_data_reads": create,
             "metadata": {
                 "shape": list(spec.shape),
                 "data_type": str(as_dtype(spec.dtype)),

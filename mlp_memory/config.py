@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from mlp_memory.artifacts import config_dict
+from mlp_memory.artifacts import UserError, config_dict
 from mlp_memory.corpus.config import CorpusConfig
 from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.decoder.config import DecoderConfig, PretrainConfig
@@ -47,6 +47,16 @@ class Config:
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        decoder = self.decoder
+        self.embed.tap.index(decoder.layers)
+        for name in ("pretrain", "embed", "joint"):
+            context = getattr(self, name).context
+            if decoder.positions == "learned" and decoder.max_positions < context:
+                raise UserError(
+                    f"decoder.max_positions = {decoder.max_positions} is less than {name}.context = {context}"
+                )
 
 
 def config_json(config: Config) -> dict[str, Any]:

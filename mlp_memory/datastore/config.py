@@ -4,6 +4,7 @@ import dataclasses
 
 from mlp_memory.artifacts import UserError
 from mlp_memory.decoder.config import Tap
+from mlp_memory.settings import check_choice, check_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +32,19 @@ class EmbedConfig:
     batch_windows: int = 16
 
     def __post_init__(self):
-        if not 1 <= self.stride <= self.context:
+        check_whole(self, dict.fromkeys(("context", "stride", "chunk_rows", "batch_windows"), 1))
+        if self.stride > self.context:
             raise UserError(
                 f"embed.stride = {self.stride} must lie between 1 and embed.context = {self.context}"
             )
-        if self.key_dtype not in ("float32", "float16", "bfloat16"):
-            raise UserError(f"embed.key_dtype = {self.key_dtype!r}: use float32, float16 or bfloat16")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise UserError(f"embed.dtype = {self.dtype!r}: use auto, float32 or bfloat16")
+        check_choice(
+            self,
+            {
+                "key_dtype": ("float32", "float16", "bfloat16"),
+                "dtype": ("auto", "float32", "bfloat16"),
+            },
+        )
+        _ = self.tap  # checks itself
 
     @property
     def tap(self) -> Tap:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from mlp_memory.artifacts import UserError
+from mlp_memory.settings import check_choice, check_positive, check_whole
 from mlp_memory.training.config import TrainConfig
 
 
@@ -25,15 +26,18 @@ class Tap:
     layer: int = -1
     kind: str = "ffn_input"
 
+    def __post_init__(self):
+        require(
+            self.kind in ("ffn_input", "residual"), f"tap kind {self.kind!r}: use 'ffn_input' or 'residual'"
+        )
+        require(isinstance(self.layer, int), f"tap layer {self.layer!r}: give a whole number")
+
     def index(self, layers: int) -> int:
         """The layer counted from the front.
 
         Raises:
-          UserError: no such layer, or no such kind.
+          UserError: no such layer.
         """
-        require(
-            self.kind in ("ffn_input", "residual"), f"tap kind {self.kind!r}: use 'ffn_input' or 'residual'"
-        )
         require(
             -layers <= self.layer < layers,
             f"tap layer {self.layer} is outside a decoder of {layers} layers (0..{layers - 1}, or negative)",
@@ -75,35 +79,25 @@ class DecoderConfig:
     vocab_size: int = 0
 
     def __post_init__(self):
-        for name in ("layers", "dim", "heads", "max_positions"):
-            value = getattr(self, name)
-            require(
-                isinstance(value, int) and value > 0,
-                f"decoder.{name} = {value!r} must be a positive whole number",
-            )
-        for name in ("kv_heads", "ffn_dim", "vocab_size"):
-            value = getattr(self, name)
-            require(
-                isinstance(value, int) and value >= 0,
-                f"decoder.{name} = {value!r} must be a whole number, 0 or more",
-            )
-        for name in ("norm_epsilon", "rope_base"):
-            value = getattr(self, name)
-            require(value > 0, f"decoder.{name} = {value!r} must be above 0")
+        check_whole(self, dict.fromkeys(("layers", "dim", "heads", "max_positions"), 1))
+        check_whole(self, dict.fromkeys(("kv_heads", "ffn_dim", "vocab_size"), 0))
+        check_positive(self, "norm_epsilon", "rope_base")
+        check_choice(
+            self,
+            {
+                "norm": ("rmsnorm", "layernorm"),
+                "positions": ("rotary", "learned"),
+                "activation": ("swiglu", "gelu"),
+            },
+        )
         require(
-            self.dim % self.heads == 0, f"decoder.dim = {self.dim} does not divide by heads = {self.heads}"
+            self.dim % self.heads == 0,
+            f"decoder.dim = {self.dim} does not divide by heads = {self.heads}",
         )
         require(
             self.heads % self.num_kv_heads == 0,
             f"decoder.heads = {self.heads} does not divide by kv_heads = {self.kv_heads}",
         )
-        for name, choices in (
-            ("norm", ("rmsnorm", "layernorm")),
-            ("positions", ("rotary", "learned")),
-            ("activation", ("swiglu", "gelu")),
-        ):
-            value = getattr(self, name)
-            require(value in choices, f"decoder.{name} = {value!r}: use one of {', '.join(choices)}")
         require(
             self.positions != "rotary" or self.head_dim % 2 == 0,
             f"rotary positions need an even head size, not {self.head_dim}",
@@ -161,8 +155,7 @@ class PretrainConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.context, int) or self.context < 2:
-            raise UserError(f"pretrain.context = {self.context!r} must be 2 or more")
+        check_whole(self, {"context": 2})
 
 
 def equal_parameters(base: DecoderConfig, parameters: int) -> DecoderConfig:

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import Directory, Manifest, UserError
+from mlp_memory.artifacts import Directory, Manifest
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.decoder.config import DecoderConfig, PretrainConfig, Tap
 from mlp_memory.decoder.score import RowReader
@@ -49,13 +49,8 @@ def pretrain(
       mesh: devices.
 
     Raises:
-      UserError: learned positions shorter than the context, a loss that is not finite.
+      UserError: the loss is not finite.
     """
-    if model_config.positions == "learned" and model_config.max_positions < config.context:
-        raise UserError(
-            f"decoder.max_positions = {model_config.max_positions} is shorter than "
-            f"pretrain.context = {config.context}"
-        )
     dtype = compute_dtype(config.dtype)
     plan = WindowPlan(config.context, config.context)
     ranges = spread(len(validation_stream), config.eval_rows)

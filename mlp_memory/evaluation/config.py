@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from mlp_memory.artifacts import UserError, runtime
+from mlp_memory.artifacts import runtime
+from mlp_memory.settings import check_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,5 +23,4 @@ class EvaluateConfig:
     chunk_rows: int = runtime(8192)
 
     def __post_init__(self):
-        if self.max_rows < 0 or self.samples < 0 or self.bootstrap < 1 or self.chunk_rows < 1:
-            raise UserError(f"evaluate: numbers must not be negative: {self}")
+        check_whole(self, {"max_rows": 0, "samples": 0, "bootstrap": 1, "chunk_rows": 1})

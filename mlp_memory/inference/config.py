@@ -3,6 +3,7 @@
 import dataclasses
 
 from mlp_memory.artifacts import UserError
+from mlp_memory.settings import check_number, check_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +25,7 @@ class GenerateConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.max_tokens < 1 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError(
-                f"generate: max_tokens = {self.max_tokens} must be 1 or more, temperature = "
-                f"{self.temperature} and top_k = {self.top_k} 0 or more, top_p = {self.top_p} in (0, 1]"
-            )
+        check_whole(self, {"max_tokens": 1, "top_k": 0, "seed": 0})
+        check_number(self, {"temperature": (0.0, float("inf"))})
+        if not isinstance(self.top_p, int | float) or not 0 < self.top_p <= 1:
+            raise UserError(f"generate.top_p = {self.top_p!r} must lie in (0, 1]")

@@ -4,6 +4,7 @@ import dataclasses
 
 from mlp_memory.artifacts import UserError
 from mlp_memory.decoder.config import default_ffn_dim
+from mlp_memory.settings import check_choice, check_number, check_positive, check_whole
 from mlp_memory.training.config import TrainConfig
 
 
@@ -30,12 +31,10 @@ class MemoryConfig:
     vocab_size: int = 0
 
     def __post_init__(self):
-        if self.style not in ("gpt2", "llama"):
-            raise UserError(f"memory.style = {self.style!r}: use 'gpt2' or 'llama'")
-        if self.layers < 1 or not 0 <= self.dropout < 1:
-            raise UserError(
-                f"memory.layers = {self.layers} must be 1 or more, dropout = {self.dropout} in [0, 1)"
-            )
+        check_choice(self, {"style": ("gpt2", "llama")})
+        check_whole(self, {"layers": 1, "dim": 0, "ffn_dim": 0, "input_dim": 0, "vocab_size": 0})
+        check_number(self, {"dropout": (0.0, 1.0)})
+        check_positive(self, "norm_epsilon")
 
     def resolved(self, input_dim: int, vocab_size: int) -> "MemoryConfig":
         """This shape for given keys and vocabulary."""
@@ -77,7 +76,6 @@ class DistillConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.alpha <= 1:
-            raise UserError(f"distill.alpha = {self.alpha} must lie in [0, 1]")
-        if self.block_rows < 1:
-            raise UserError(f"distill.block_rows = {self.block_rows} must be 1 or more")
+        check_whole(self, {"block_rows": 1})
+        if not isinstance(self.alpha, int | float) or not 0 <= self.alpha <= 1:
+            raise UserError(f"distill.alpha = {self.alpha!r} must lie in [0, 1]")

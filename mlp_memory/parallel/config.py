@@ -3,6 +3,7 @@
 import dataclasses
 
 from mlp_memory.artifacts import UserError
+from mlp_memory.settings import check_whole
 
 AXES = ("slice", "data", "fsdp", "tensor")
 
@@ -29,9 +30,8 @@ class MeshConfig:
         Raises:
           UserError: they do not multiply to the number of devices.
         """
+        check_whole(self, {"slice": 1, "fsdp": 1, "tensor": 1, "data": -1})
         fixed = self.slice * self.fsdp * self.tensor
-        if min(self.slice, self.fsdp, self.tensor) < 1 or (self.data < 1 and self.data != -1):
-            raise UserError(f"mesh sizes must be 1 or more (data may be -1): {self}")
         data = devices // fixed if self.data == -1 else self.data
         if data * fixed != devices or data < 1:
             raise UserError(

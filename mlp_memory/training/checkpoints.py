@@ -19,6 +19,11 @@ from mlp_memory.artifacts import Directory, Manifest, UserError
 from mlp_memory.parallel.sharding import state_shardings
 
 
+def _rank(metrics: dict[str, float]) -> tuple[float, float]:
+    """Least first: the best checkpoint, and the earliest of equals."""
+    return metrics["validation_loss"], metrics["step"]
+
+
 class StepCheckpoints:
     """The training states of one run: asynchronous saves, the latest `keep` and the best.
 
@@ -37,7 +42,7 @@ class StepCheckpoints:
                 [
                     policies.LatestN(keep),
                     policies.BestN(
-                        get_metric_fn=lambda m: m["validation_loss"],
+                        get_metric_fn=_rank,
                         reverse=True,
                         n=1,
                         keep_checkpoints_without_metrics=False,
@@ -56,21 +61,15 @@ class StepCheckpoints:
     def best(self) -> tuple[int, dict[str, float]]:
         """The step with the lowest validation loss (the earliest of equals) and its figures."""
         validated = [c for c in self._checkpointer.checkpoints if c.metrics is not None]
-        found = min(validated, key=lambda c: (c.metrics["validation_loss"], c.step))
-        return found.step, dict(found.metrics)
+        found = min(validated, key=lambda c: _rank(c.metrics))
+        return found.step, {k: v for k, v in found.metrics.items() if k != "step"}
 
     def save(self, step: int, state: Any, figures: dict[str, float] | None) -> None:
         """Starts a save with its validation figures; returns before it is on disk."""
         try:
-            self._checkpointer.save_async(step, state, metrics=figures)
+            metrics = None if figures is None else {**figures, "step": step}
+            self._checkpointer.save_async(step, state, metrics=metrics)
         except OSError as error:
-            raise UserError(f"cannot save {self._directory}: {artifacts.first_line(error)}") from error
-
-    def wait(self) -> None:
-        """Until every save is on disk."""
-        try:
-            self._checkpointer.wait()
-        except (OSError, ValueError) as error:
             raise UserError(f"cannot save {self._directory}: {artifacts.first_line(error)}") from error
 
     def load(self, step: int, abstract: Any) -> Any:
@@ -78,7 +77,11 @@ class StepCheckpoints:
         return _load(lambda: self._checkpointer.load(step, abstract), f"{self._directory}/{step}")
 
     def close(self) -> None:
-        self._checkpointer.close()
+        """Waits until every save is on disk."""
+        try:
+            self._checkpointer.close()
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot save {self._directory}: {artifacts.first_line(error)}") from error
 
 
 def _load(read: Callable[[], Any], where: str) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from mlp_memory.artifacts import UserError, runtime
+from mlp_memory.settings import check_choice, check_number, check_positive, check_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,23 +49,22 @@ class TrainConfig:
     keep: int = runtime(1)
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulate", "eval_every", "log_every", "keep"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)!r} must be a positive whole number")
-        if not isinstance(self.steps, int) or self.steps < 0:
-            raise UserError(f"steps = {self.steps!r} must be a whole number, 0 or more")
+        positive = ("batch_size", "accumulate", "eval_every", "log_every", "keep")
+        check_whole(self, dict.fromkeys(positive, 1))
+        check_whole(self, dict.fromkeys(("steps", "warmup", "seed", "eval_rows"), 0))
+        check_positive(self, "learning_rate", "epsilon")
+        unit, any_size = (0.0, 1.0), (0.0, float("inf"))
+        check_number(self, {"beta1": unit, "beta2": unit, "clip": any_size, "weight_decay": any_size})
+        check_number(self, {"final_ratio": any_size})
+        check_choice(
+            self,
+            {
+                "decay": ("cosine", "linear", "constant"),
+                "dtype": ("auto", "float32", "bfloat16"),
+                "remat": ("none", "dots", "full"),
+            },
+        )
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"batch_size = {self.batch_size} does not divide by accumulate = {self.accumulate}"
-            )
-        for name, choices in (
-            ("decay", ("cosine", "linear", "constant")),
-            ("dtype", ("auto", "float32", "bfloat16")),
-            ("remat", ("none", "dots", "full")),
-        ):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} = {getattr(self, name)!r}: use one of {', '.join(choices)}")
-        if self.learning_rate <= 0 or self.warmup < 0:
-            raise UserError(
-                f"learning_rate = {self.learning_rate} must be above 0 and warmup = {self.warmup} not below"
             )

@@ -5,6 +5,7 @@
 A step's figures are read while the next step runs, so the device never waits for the host.
 """
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -159,11 +160,12 @@ class _Reporter:
             return
         (done, figures, rows), self._pending = self._pending, None
         found = {name: float(value) for name, value in figures.items()}
-        if not np.isfinite(found["loss"]):
+        bad = [name for name, value in found.items() if not np.isfinite(value)]
+        if bad:
             where = "" if rows is None else f", rows {np.unique(rows)[:8].tolist()}"
             raise UserError(
-                f"{self._task.name}: the loss is {found['loss']} at step {done}{where}: "
-                "lower learning_rate or look at these rows; the last checkpoint is kept"
+                f"{self._task.name}: the {bad[0].replace('_', ' ')} is {found[bad[0]]} at step {done}"
+                f"{where}: lower learning_rate or look at these rows; the last checkpoint is kept"
             )
         self._bar.advance(1, loss=found["loss"])
         if done % self._config.log_every == 0:
@@ -220,47 +222,11 @@ def train(
     """
     run = _Run(task, config, mesh)
     steps = checkpoints.StepCheckpoints(directory, config.keep)
-    first = steps.latest
-    state = run.initial_state() if first is None else steps.load(first, run.abstract_state())
-    metrics = Metrics(directory, first or 0)
-    stop = _StopRequest()
-
-    def validate_and_save(step: int, bar: Progress) -> None:
-        figures = {k: float(v) for k, v in task.evaluate(run.model(state["params"])).items()}
-        metrics.write(step, figures)
-        metrics.flush()
-        steps.save(step, state, figures)
-        shown = ", ".join(f"{k.removeprefix('validation_')} {v:.4f}" for k, v in figures.items())
-        bar.note(f"{task.name}: step {step}: validation {shown}")
-
-    with Progress(task.name, config.steps, "steps", done=first or 0) as bar:
-        report = _Reporter(task, config, metrics, bar)
-        if first is None:
-            validate_and_save(0, bar)
-        else:
-            bar.note(f"{task.name}: goes on from step {first}")
-        for step, batch in zip(range(first or 0, config.steps), task.batches.from_step(first or 0)):
-            rows = batch.get("rows")
-            arrays = {k: v for k, v in batch.items() if k != "rows"}
-            state, figures = run.step(state, task.frozen, place_batch(arrays, mesh), np.uint32(step))
-            report.take(step + 1, figures, rows)
-            if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-                report.drain()
-                validate_and_save(step + 1, bar)
-            elif stop.asked:
-                report.drain()
-                steps.save(step + 1, state, None)
-            if stop.asked:
-                metrics.close()
-                steps.close()
-                raise SystemExit(143)
-    stop.close()
-    metrics.close()
-    steps.wait()
-    best, figures = steps.best()
-    params = steps.load(best, run.abstract_state())["params"]
-    steps.close()
-    done = checkpoints.publish(
+    with contextlib.closing(steps), contextlib.closing(_StopRequest()) as stop:
+        _take_steps(run, directory, steps, stop)
+        best, figures = steps.best()
+        params = steps.load(best, run.abstract_state())["params"]
+    return checkpoints.publish(
         directory,
         manifest,
         params,
@@ -269,4 +235,45 @@ def train(
         parameters=checkpoints.count_parameters(run.model(params)),
         **facts,
     )
-    return done
+
+
+def _take_steps(
+    run: _Run, directory: Directory, steps: checkpoints.StepCheckpoints, stop: _StopRequest
+) -> None:
+    """From the latest checkpoint, or the start, to the last step."""
+    task, config, first = run.task, run.config, steps.latest
+    state = run.initial_state() if first is None else steps.load(first, run.abstract_state())
+    metrics = Metrics(directory, -1 if first is None else first)
+
+    def validate_and_save(step: int) -> None:
+        figures = {k: float(v) for k, v in task.evaluate(run.model(state["params"])).items()}
+        if not np.isfinite(figures["validation_loss"]):
+            raise UserError(
+                f"{task.name}: the validation loss is {figures['validation_loss']} at step {step}: lower "
+                "learning_rate; the last checkpoint is kept"
+            )
+        metrics.write(step, figures)
+        metrics.flush()
+        steps.save(step, state, figures)
+        shown = ", ".join(f"{k.removeprefix('validation_')} {v:.4f}" for k, v in figures.items())
+        bar.note(f"{task.name}: step {step}: validation {shown}")
+
+    with Progress(task.name, config.steps, "steps", done=first or 0) as bar, contextlib.closing(metrics):
+        report = _Reporter(task, config, metrics, bar)
+        if first is None:
+            validate_and_save(0)
+        else:
+            bar.note(f"{task.name}: goes on from step {first}")
+        for step, batch in zip(range(first or 0, config.steps), task.batches.from_step(first or 0)):
+            rows = batch.get("rows")
+            arrays = {k: v for k, v in batch.items() if k != "rows"}
+            state, figures = run.step(state, task.frozen, place_batch(arrays, run.mesh), np.uint32(step))
+            report.take(step + 1, figures, rows)
+            if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+                report.drain()
+                validate_and_save(step + 1)
+            elif stop.asked:
+                report.drain()
+                steps.save(step + 1, state, None)
+            if stop.asked:
+                raise SystemExit(143)

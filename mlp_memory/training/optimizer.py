@@ -53,7 +53,7 @@ def decay_mask(state: nnx.State) -> Any:
 
 def global_norm(tree: Any) -> jax.Array:
     """Square root of the sum of squares over all leaves, float32 scalar."""
-    return optax.global_norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
 
 
 def apply(optimizer: optax.GradientTransformation, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:

@@ -22,7 +22,7 @@ class Progress:
     def __init__(self, what: str, total: int, unit: str, done: int = 0):
         self._what, self._total, self._unit = what, total, unit
         self._start_done, self._done, self._start = done, done, time.monotonic()
-        self._last_line, self._figures = self._start, {}
+        self._last_line, self._printed, self._figures = self._start, None, {}
         self._bar = (
             tqdm(total=total, initial=done, unit=f" {unit}", desc=what, unit_scale=True, dynamic_ncols=True)
             if sys.stderr.isatty()
@@ -35,7 +35,11 @@ class Progress:
     def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif exc[0] is None and time.monotonic() - self._start >= _WORTH_A_LINE_SECONDS:
+        elif (
+            exc[0] is None
+            and self._printed != self._done
+            and time.monotonic() - self._start >= _WORTH_A_LINE_SECONDS
+        ):
             self._print_line()
 
     def advance(self, count: int, **figures: float) -> None:
@@ -67,4 +71,4 @@ class Progress:
             file=sys.stderr,
             flush=True,
         )
-        self._last_line = now
+        self._last_line, self._printed = now, self._done

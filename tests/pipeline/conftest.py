@@ -1,0 +1,129 @@
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+# As small as a run can be that still takes every path: several chunks, checkpoints and epochs.
+RECIPE = """
+corpus.source = "jsonl"
+corpus.train_files = ["{text}"]
+corpus.validation_fraction = 0.15
+corpus.test_fraction = 0.15
+corpus.vocab_size = 300
+corpus.chunk_rows = 1000
+decoder.layers = 1
+decoder.dim = 32
+decoder.heads = 2
+pretrain.steps = 20
+pretrain.batch_size = 4
+pretrain.context = 32
+pretrain.eval_every = 5
+pretrain.eval_rows = 512
+pretrain.warmup = 5
+embed.context = 32
+embed.stride = 16
+embed.chunk_rows = 512
+index.recall_sample = 50
+retrieve.k = 8
+retrieve.top_m = 8
+retrieve.chunk_rows = 512
+retrieve.temperatures = (0.5, 1.0)
+memory.layers = 1
+distill.steps = 20
+distill.batch_size = 8
+distill.eval_every = 5
+distill.eval_rows = 512
+joint.steps = 10
+joint.batch_size = 4
+joint.context = 32
+joint.eval_every = 5
+joint.eval_rows = 512
+evaluate.max_rows = 600
+evaluate.bootstrap = 50
+evaluate.samples = 2
+evaluate.chunk_rows = 300
+"""
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    code: int
+    out: str
+    error: str
+    seconds: float
+
+
+def command(*words: object, timeout: float = 600) -> Answer:
+    """Runs `python -m mlp_memory WORDS`."""
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "mlp_memory", *map(str, words)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    return Answer(done.returncode, done.stdout, done.stderr, time.monotonic() - start)
+
+
+@pytest.fixture(scope="session")
+def mlp_memory():
+    return command
+
+
+@pytest.fixture(scope="session")
+def start_command():
+    """Starts `python -m mlp_memory WORDS` and returns at once."""
+
+    def start(*words: object, log: Path) -> subprocess.Popen:
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                [sys.executable, "-m", "mlp_memory", *map(str, words)],
+                env=environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=file,
+            )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A gin file of a run that takes seconds, over documents of random words."""
+    folder, rng = tmp_path_factory.mktemp("recipe"), np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghijklmnop"), rng.integers(2, 7))) for _ in range(120)]
+    with (folder / "train.jsonl").open("w") as file:
+        for _ in range(60):
+            topic = rng.choice(words, 12)
+            text = " ".join(rng.choice(topic if rng.random() < 0.7 else words) for _ in range(60))
+            file.write(json.dumps({"text": f"{text}."}) + "\n")
+    (folder / "tiny.gin").write_text(RECIPE.format(text=folder / "train.jsonl"))
+    return folder / "tiny.gin"
+
+
+@pytest.fixture(scope="session")
+def small_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a finished run; tests that change something take `workdir`."""
+    folder = tmp_path_factory.mktemp("small_run") / "workdir"
+    answer = command("run", f"--workdir={folder}", f"--gin_file={recipe}")
+    assert answer.code == 0, answer.error
+    return folder
+
+
+@pytest.fixture
+def workdir(small_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished workdir."""
+    return Path(shutil.copytree(small_run, tmp_path / "workdir"))

@@ -1,0 +1,51 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from mlp_memory.__main__ import load_config
+from mlp_memory.artifacts import Directory
+from mlp_memory.dry_run import shapes_table
+
+REPOSITORY = Path(__file__).parents[2]
+FILES = sorted((REPOSITORY / "gin_configs").rglob("*.gin"))
+RECIPES = [path for path in FILES if path.parent.name == "recipes"]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY / "gin_configs"))
+
+
+def test_there_are_recipes():
+    assert {path.stem for path in RECIPES} >= {"demo", "enwiki_small_cpu"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_every_gin_file_parses_and_has_shapes(path, tmp_path):
+    config = load_config([str(path)], [], Directory(tmp_path))
+    table = shapes_table(config)
+    assert "# decoder.embedding" in table
+    assert "# memory.head" in table
+    for line in path.read_text().splitlines():
+        if binding := re.match(r"(\w+)\.(\w+) *= *([\w.\"+-]+)$", line):
+            section, field, value = binding.groups()
+            assert getattr(getattr(config, section), field) == eval(value)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_every_recipe_dry_runs_by_the_command_in_its_header(path, mlp_memory, tmp_path):
+    header = path.read_text().split("\n\n")[0]
+    assert "python -m mlp_memory run" in header
+    assert f"--gin_file=gin_configs/recipes/{path.name}" in header
+    answer = mlp_memory("run", f"--workdir={tmp_path / 'w'}", f"--gin_file={path}", "--dry_run")
+    assert answer.code == 0, answer.error
+    assert not answer.error
+    assert "parameters" in answer.out
+    assert not (tmp_path / "w").exists()
+
+
+def test_every_other_gin_file_is_part_of_a_recipe():
+    included = {
+        include for path in RECIPES for include in re.findall(r"^include '([^']+)'", path.read_text(), re.M)
+    }
+    assert {name(path) for path in FILES if path not in RECIPES} <= included

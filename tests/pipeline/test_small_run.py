@@ -1,0 +1,156 @@
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from mlp_memory.artifacts import Directory, peek
+from mlp_memory.decoder.pretrain import load_decoder
+from mlp_memory.interchange.export import load_exported
+from mlp_memory.memory.distill import load_memory
+
+SYSTEMS = {"base", "knn_lm_exact", "knn_lm_scann", "base_plus_memory", "joint", "decoder_equal_params"}
+
+
+@pytest.fixture(scope="module")
+def results(small_run):
+    return json.loads((small_run / "reports/results.json").read_text())
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_results_hold_every_system_with_its_choices_and_interval(results, split):
+    assert set(results[split]["perplexity"]) == SYSTEMS
+    for name, details in results[split]["details"].items():
+        value = results[split]["perplexity"][name]
+        assert 1 < value < 1000
+        np.testing.assert_allclose(details["per_token"], value)
+        assert details["interval"][0] <= value <= details["interval"][1]
+        assert details["per_word"] > value
+        assert 0 <= details["lambda"] < 1
+        assert (details["tau"] is None) == (details["k"] is None) == (not name.startswith("knn"))
+    scored = {details["scored_tokens"] for details in results[split]["details"].values()}
+    assert len(scored) == 1
+    assert {d["lambda"] for d in results["test"]["details"].values()} == {
+        d["lambda"] for d in results["validation"]["details"].values()
+    }
+
+
+def test_the_best_mixture_is_no_worse_than_its_decoder_on_validation(results):
+    perplexity = results["validation"]["perplexity"]
+    for name in ("knn_lm_exact", "knn_lm_scann", "base_plus_memory"):
+        assert perplexity[name] <= perplexity["base"] * (1 + 1e-6)
+
+
+def test_the_equal_decoder_has_the_parameters_and_flops_of_decoder_and_memory(results):
+    parameters, flops = results["parameters"], results["training_flops"]
+    together = parameters["base"] + parameters["memory"]
+    assert abs(parameters["decoder_equal_params"] / together - 1) < 0.02
+    assert abs(flops["decoder_equal_params"] / (flops["base"] + flops["memory"]) - 1) < 0.05
+
+
+def test_the_report_needs_no_other_file(small_run):
+    text = (small_run / "reports/index.html").read_text()
+    assert "<html" in text
+    assert len(text) > 5000
+    assert not re.search(r"""(?:src|href)=["'](?!#|data:)[^"']+\.(?:js|css|png|svg)""", text)
+    assert not re.search(r"<(?:script|link|img)[^>]+https?://", text)
+
+
+def test_a_second_run_does_nothing_and_shows_the_table(small_run, recipe, mlp_memory):
+    before = {p: p.stat().st_mtime_ns for p in small_run.rglob("*") if p.is_file()}
+    answer = mlp_memory("run", f"--workdir={small_run}", f"--gin_file={recipe}")
+    assert answer.code == 0, answer.error
+    assert answer.seconds < 10
+    for name in ("base + memory", "joint", "reports/index.html"):
+        assert name in answer.out
+    assert {p: p.stat().st_mtime_ns for p in small_run.rglob("*") if p.is_file()} == before
+
+
+def test_status_shows_every_stage_done_and_an_unfinished_one(workdir, mlp_memory):
+    answer = mlp_memory("status", f"--workdir={workdir}")
+    lines = answer.out.splitlines()[2:]
+    assert [line.split()[0] for line in lines] == (
+        [
+            "tokenize",
+            "pretrain",
+            "embed",
+            "index",
+            "retrieve",
+            "distill",
+            "joint",
+            "baseline",
+            "evaluate",
+            "export",
+        ]
+    )
+    assert all(line.endswith("done") for line in lines)
+    (workdir / "joint/manifest.json").unlink()
+    answer = mlp_memory("status", f"--workdir={workdir}")
+    states = {line.split()[0]: line for line in answer.out.splitlines()[2:]}
+    assert states["joint"].endswith("missing")
+    assert states["distill"].endswith("done")
+    assert not states["evaluate"].endswith("done")
+    assert answer.code == 0
+
+
+def test_text_goes_on_from_the_prompt_and_repeats(small_run, mlp_memory):
+    def generate(model, *bindings):
+        words = [f"--gin={b}" for b in ("generate.max_tokens=6", *bindings)]
+        answer = mlp_memory(
+            "generate", f"--workdir={small_run}", "--prompt=abc def", f"--model={model}", *words
+        )
+        assert answer.code == 0, answer.error
+        return answer.out
+
+    base, memory, both = (generate(model) for model in ("base", "base_plus_memory", "both"))
+    assert base.startswith("[base] abc def")
+    assert len(base.strip()) > len("[base] abc def")
+    assert both.split() == (base + memory).split()
+    assert generate("joint").startswith("[joint] abc def")
+    drawn = [generate("joint", "generate.temperature=1.0", f"generate.seed={seed}") for seed in (3, 3, 4)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("name", ["decoder", "memory", "joint"])
+def test_exported_models_compute_what_the_trained_ones_do(small_run, mesh, rng, name):
+    found, config = load_exported(Directory(small_run / "export" / name))
+    if name == "memory":
+        trained, manifest = load_memory(Directory(small_run / "memory"), mesh)
+        x = rng.normal(size=(5, 32)).astype(np.float32)
+        run = jax.jit(lambda x, model: model(x) @ model.head_kernel(), static_argnums=1)
+    else:
+        stage = {"decoder": "pretrain"}.get(name, name)
+        trained, manifest = load_decoder(Directory(small_run / name), stage, mesh)
+        x = rng.integers(0, 300, (2, 9))
+        run = jax.jit(lambda x, model: model.logits(model(x)[0]), static_argnums=1)
+    assert config["fingerprint"] == manifest.fingerprint
+    np.testing.assert_array_equal(run(x, found), run(x, trained))
+    assert (small_run / "export" / name / "tokenizer.model").read_bytes() == (
+        small_run / "corpus/vocabulary/tokenizer.model"
+    ).read_bytes()
+
+
+def test_every_row_of_the_stream_has_its_key_and_target(small_run):
+    tokens = peek(Directory(small_run / "corpus/train")).arrays["tokens"].shape[0]
+    assert peek(Directory(small_run / "datastore")).arrays["keys"].shape == (tokens, 32)
+    assert peek(Directory(small_run / "targets")).arrays["probs"].shape == (tokens, 8)
+
+
+def test_the_resolved_config_is_kept_and_serves_alone(small_run, recipe, mlp_memory):
+    with_file, alone = (
+        mlp_memory("run", f"--workdir={small_run}", *words, "--dry_run")
+        for words in ([f"--gin_file={recipe}"], [])
+    )
+    assert with_file.code == alone.code == 0
+    assert with_file.out == alone.out
+    assert "pretrain.steps = 20" in alone.out
+    assert re.search(r"decoder\.blocks\.attention\.query\.kernel +\(1, 32, 32\)", alone.out)
+
+
+def test_no_artifact_holds_a_machine_path_or_a_time(small_run, recipe):
+    for path in small_run.rglob("*.json"):
+        if "model/" not in str(path):
+            text = path.read_text()
+            assert str(small_run) not in text, path
+            assert not re.search(r"20\d\d-\d\d-\d\d", text), path
