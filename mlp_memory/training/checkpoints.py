@@ -59,7 +59,11 @@ class StepCheckpoints:
         return None if found is None else found.step
 
     def best(self) -> tuple[int, dict[str, float]]:
-        """The step with the lowest validation loss (the earliest of equals) and its figures."""
+        """The step with the lowest validation loss (the earliest of equals) and its figures.
+
+        Waits until every save is on disk.
+        """
+        self._checkpointer.wait()
         validated = [c for c in self._checkpointer.checkpoints if c.metrics is not None]
         found = min(validated, key=lambda c: _rank(c.metrics))
         return found.step, {k: v for k, v in found.metrics.items() if k != "step"}

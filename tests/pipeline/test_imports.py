@@ -11,12 +11,12 @@ PROGRAM = """
 import sys
 from mlp_memory.__main__ import main
 
-workdir, *stages = sys.argv[1:]
+workdir, heavy, *stages = sys.argv[1:]
 for stage in stages:
     sys.argv = ["mlp_memory", stage, f"--workdir={workdir}"]
     main()
-print("loaded:", *(name for name in %r if name in sys.modules))
-""" % (HEAVY,)
+print("loaded:", *(name for name in heavy.split() if name in sys.modules))
+"""
 
 
 def run(program: str, *words: str) -> str:
@@ -44,7 +44,7 @@ def test_training_processes_load_no_tensorflow_seqio_scann_or_beam_and_repeat_th
     for folder in stages.values():
         for path in sorted((workdir / folder).rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
-    out = run(PROGRAM, str(workdir), *stages)
+    out = run(PROGRAM, str(workdir), " ".join(HEAVY), *stages)
     assert out.splitlines()[-1] == "loaded:"
     for folder in stages.values():
         a, b = ((run_folder / folder / "manifest.json").read_text() for run_folder in (workdir, small_run))
