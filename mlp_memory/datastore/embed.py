@@ -2,7 +2,7 @@
 
 from jax.sharding import Mesh
 
-from mlp_memory.artifacts import ArraySpec, ChunkWriter, Directory, Manifest
+from mlp_memory.artifacts import ArraySpec, ChunkWriter, Directory, Manifest, UserError
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.decoder.score import RowReader
@@ -42,8 +42,13 @@ def embed(
       mesh: devices.
 
     Raises:
-      UserError: no such tap, or a key that is not finite.
+      UserError: no such tap, positions too few, or a key that is not finite.
     """
+    if decoder.config.positions == "learned" and decoder.config.max_positions < config.context:
+        raise UserError(
+            f"embed.context = {config.context} is longer than the decoder's "
+            f"{decoder.config.max_positions} learned positions"
+        )
     writer, reader = ChunkWriter(directory, manifest), row_reader(config, decoder, mesh)
     missing = writer.missing()
     done = len(stream) - sum(b - a for a, b in map(writer.rows, missing))

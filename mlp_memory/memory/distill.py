@@ -31,12 +31,28 @@ class ValidationRows:
     labels_N: np.ndarray
 
 
+_CHECKED_ROWS, _CHECKED_AT_ONCE = 1 << 22, 1 << 16
+"""Rows whose token ids are read through before training; all of them in small corpora."""
+
+
 class TargetSource:
     """Training elements: blocks of rows with key, teacher and next token."""
 
     def __init__(self, stream: TokenStream, keys: ArrayReader, targets: Directory, block_rows: int):
         self._stream, self._keys, self._block = stream, keys, block_rows
         self._ids, self._probs = ArrayReader(targets, "token_ids"), ArrayReader(targets, "probs")
+        if not len(stream) == len(keys) == len(self._ids) == len(self._probs):
+            raise UserError(
+                f"corpus, datastore and targets have {len(stream)}, {len(keys)} and {len(self._ids)} rows: "
+                "run embed and retrieve again"
+            )
+        for start in range(0, min(len(stream), _CHECKED_ROWS), _CHECKED_AT_ONCE):
+            highest = int(self._ids[start : min(start + _CHECKED_AT_ONCE, len(stream))].max())
+            if highest >= stream.vocab_size:
+                raise UserError(
+                    f"{targets} names token {highest} of a vocabulary of {stream.vocab_size}: "
+                    "run retrieve again"
+                )
 
     def __len__(self) -> int:
         return -(-len(self._stream) // self._block)
@@ -118,10 +134,15 @@ def distill(
       UserError: arrays that do not belong together, a loss that is not finite.
     """
     source = TargetSource(stream, keys, targets, config.block_rows)
-    if not len(stream) == len(keys) == len(ArrayReader(targets, "probs")):
+    if keys.shape[1] != model_config.input_dim:
         raise UserError(
-            f"corpus, datastore and targets have {len(stream)}, {len(keys)} and "
-            f"{len(ArrayReader(targets, 'probs'))} rows: run embed and retrieve again"
+            f"the datastore's keys have {keys.shape[1]} dimensions, the memory reads "
+            f"{model_config.input_dim}: run embed again"
+        )
+    if model_config.vocab_size < stream.vocab_size:
+        raise UserError(
+            f"a memory of {model_config.vocab_size} tokens does not hold the corpus vocabulary of "
+            f"{stream.vocab_size}: leave memory.vocab_size 0"
         )
     dtype = compute_dtype(config.dtype)
 

@@ -46,4 +46,4 @@ def memory_log_probs(
         pad = batch - len(h)
         arrays = {"h": np.pad(h, ((0, pad), (0, 0))), "labels": np.pad(labels, (0, pad))}
         found.append(np.asarray(score(params, place_batch(arrays, mesh)))[: batch - pad])
-    return np.concatenate(found)
+    return np.concatenate(found) if found else np.zeros(0, np.float32)
