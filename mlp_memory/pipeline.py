@@ -13,6 +13,7 @@ from mlp_memory import artifacts
 from mlp_memory.artifacts import ArraySpec, Directory, Manifest, config_dict
 from mlp_memory.config import Config, config_json
 from mlp_memory.corpus.stream import TokenStream
+from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.decoder.config import DecoderConfig, PretrainConfig, equal_parameters
 from mlp_memory.memory.config import MemoryConfig
 
@@ -31,6 +32,7 @@ class Job:
 
     def __init__(self, workdir: Directory, config: Config):
         self.workdir, self.config = workdir, config
+        self._manifests: dict[str, Manifest] = {}
 
     def stream(self, split: str) -> TokenStream:
         """A split of the corpus."""
@@ -43,12 +45,43 @@ class Job:
         return make_mesh(self.config.mesh)
 
     def manifest(self, name: str) -> Manifest:
-        """The finished manifest of a parent artifact."""
-        stage = next(s for s in STAGES if name == s.folder or name.startswith(s.folder + "/"))
-        return artifacts.require(self.workdir / name, stage.name)
+        """The finished manifest of an artifact that was made from what is there now.
+
+        Raises:
+          UserError: it is missing, unfinished or damaged, or one of its parents, or one of
+            theirs, has changed since.
+        """
+        if name not in self._manifests:
+            stage = next(s for s in STAGES if name == s.folder or name.startswith(s.folder + "/"))
+            directory = self.workdir / name
+            found = artifacts.require(directory, stage.name)
+            # Inside corpus/ the vocabulary is known by its own name.
+            paths = {
+                parent: "corpus/vocabulary" if parent == "vocabulary" else parent for parent in found.parents
+            }
+            # What is no longer there (a datastore is large) cannot be compared.
+            there = {parent: path for parent, path in paths.items() if artifacts.peek(self.workdir / path)}
+            now = {parent: self.manifest(path).fingerprint for parent, path in there.items()}
+            artifacts.require_same(directory, found, Manifest(found.kind, found.config, now))
+            self._manifests[name] = found
+        return self._manifests[name]
+
+    @functools.cached_property
+    def embed_config(self) -> EmbedConfig:
+        """How rows are read: as the datastore's were.
+
+        Raises:
+          UserError: the config says otherwise.
+        """
+        if artifacts.peek(self.workdir / "datastore"):
+            wanted = Manifest("datastore", {"embed": config_dict(self.config.embed)}, {})
+            artifacts.require_same(self.workdir / "datastore", self.manifest("datastore"), wanted)
+        return self.config.embed
 
     def fingerprints(self, *names: str) -> dict[str, str]:
         """Parents for a manifest; they must be finished."""
+        if "targets" in names or "memory" in names:
+            _ = self.embed_config  # what was learned from the datastore is used with its taps
         return {name: self.manifest(name).fingerprint for name in names}
 
     @functools.cached_property
@@ -88,7 +121,7 @@ class Job:
         """Reads rows through the decoder of a stage as the datastore's rows are read."""
         from mlp_memory.datastore.embed import row_reader
 
-        return row_reader(self.config.embed, self.decoder(stage)[0], self.mesh)
+        return row_reader(self.embed_config, self.decoder(stage)[0], self.mesh)
 
     def keys(self) -> artifacts.ArrayReader:
         """The datastore's keys."""
@@ -221,7 +254,7 @@ def _joint(job: Job, directory: Directory) -> None:
         directory,
         manifest,
         job.config.joint,
-        job.config.embed,
+        job.embed_config,
         job.decoder()[0],
         memory,
         distilled.facts["validation"]["validation_lambda"],
@@ -258,7 +291,7 @@ def _evaluate(job: Job, directory: Directory) -> None:
             streams={split: corpora[split] for split in ("validation", "test")},
             vocabulary=Vocabulary.load(job.workdir / "corpus/vocabulary"),
             systems=functools.cache(lambda: _systems(job)),
-            embed=job.config.embed,
+            embed=job.embed_config,
             targets=job.manifest("targets").facts,
             index=job.manifest("index").facts,
             trained=facts,
@@ -304,7 +337,7 @@ def _export(job: Job, directory: Directory) -> None:
             "memory": job.memory(),
             "joint": job.decoder("joint"),
         },
-        tap=dataclasses.asdict(job.config.embed.tap),
+        tap=dataclasses.asdict(job.embed_config.tap),
         vocabulary=job.workdir / "corpus/vocabulary",
     )
 
@@ -438,5 +471,5 @@ def continuations(job: Job, prompt: str, model: str) -> Iterator[tuple[str, Iter
         if name != "base":
             memory, distilled = job.memory()
             weight = (made if name == "joint" else distilled).facts["validation"]["validation_lambda"]
-        predictor = Predictor(decoder, memory, weight, config.embed.tap, config.embed.context)
+        predictor = Predictor(decoder, memory, weight, job.embed_config.tap, job.embed_config.context)
         yield name, continuation(predictor, vocabulary, prompt, config.generate)
