@@ -14,6 +14,7 @@ import gin
 from mlp_memory import pipeline
 from mlp_memory.artifacts import Directory, UserError, first_line
 from mlp_memory.config import Config
+from mlp_memory.job import Job
 
 _SAVED = "config.gin"
 _EPILOG = """\
@@ -127,7 +128,7 @@ def _explain(error: BaseException) -> str:
     return f"gin: {text} ({f'did you mean {near[0]!r}?' if near else 'there are: ' + ', '.join(known)})"
 
 
-def _run(args: argparse.Namespace, job: pipeline.Job) -> None:
+def _run(args: argparse.Namespace, job: Job) -> None:
     """Does the first stage that is missing, then starts afresh for the next one.
 
     Starting afresh in the same process id gives each stage an interpreter of its own, so
@@ -145,7 +146,7 @@ def _run(args: argparse.Namespace, job: pipeline.Job) -> None:
     _show_results(job)
 
 
-def _work(job: pipeline.Job, stage: pipeline.Stage) -> None:
+def _work(job: Job, stage: pipeline.Stage) -> None:
     import jax
 
     from mlp_memory.parallel.mesh import start_processes
@@ -159,7 +160,7 @@ def _work(job: pipeline.Job, stage: pipeline.Stage) -> None:
         job.workdir.write(_SAVED, gin.operative_config_str().encode())
 
 
-def _show_results(job: pipeline.Job) -> None:
+def _show_results(job: Job) -> None:
     import json
 
     from mlp_memory.evaluation.table import results_table
@@ -170,7 +171,7 @@ def _show_results(job: pipeline.Job) -> None:
         print(f"\nreport: {job.workdir}/reports/index.html")
 
 
-def _generate(args: argparse.Namespace, job: pipeline.Job) -> None:
+def _generate(args: argparse.Namespace, job: Job) -> None:
     for title, pieces in pipeline.continuations(job, args.prompt, args.model):
         print(f"[{title}] {args.prompt}", end="", flush=True)
         for piece in pieces:
@@ -181,7 +182,7 @@ def _generate(args: argparse.Namespace, job: pipeline.Job) -> None:
 def _dispatch(args: argparse.Namespace) -> None:
     workdir = Directory(args.workdir)
     config = load_config(args.gin_file, args.gin, workdir)
-    job = pipeline.Job(workdir, config)
+    job = Job(workdir, config)
     if args.dry_run:
         from mlp_memory.dry_run import shapes_table
 

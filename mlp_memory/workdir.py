@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 from mlp_memory import artifacts
 from mlp_memory.artifacts import Directory, UserError
-from mlp_memory.pipeline import STAGES, Job, Stage
+from mlp_memory.job import Job
+from mlp_memory.pipeline import STAGES, Stage
 
 _TIMES = "times.jsonl"
 _LOCK_SECONDS = 5.0
