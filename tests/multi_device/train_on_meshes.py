@@ -119,7 +119,6 @@ def change_of_mesh(inputs: Path, folder: Path, first: str, second: str) -> None:
     def stopping_save(self: StepCheckpoints, step: int, state: dict, figures: dict) -> None:
         checking_save(self, step, state, figures)
         if step == 10:
-            self.wait()
             raise Stop
 
     StepCheckpoints.save = stopping_save
