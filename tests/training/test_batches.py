@@ -27,8 +27,9 @@ def numbers(source, batch, seed, first, steps) -> list[list[int]]:
     return [b["number"].tolist() for b in found]
 
 
-def test_a_batch_is_a_function_of_seed_and_step_alone(rng):
-    source, batch, seed = Numbers(int(rng.integers(5, 40))), int(rng.integers(1, 9)), int(rng.integers(1000))
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_a_batch_is_a_function_of_seed_and_step_alone(rng, batch):
+    source, seed = Numbers(int(rng.integers(5, 40))), int(rng.integers(1000))
     straight = numbers(source, batch, seed, 0, 20)
     assert numbers(source, batch, seed, 0, 20) == straight
     for first in rng.integers(0, 19, 3):
@@ -52,7 +53,7 @@ def test_a_batch_larger_than_the_source_goes_on_into_the_next_epoch():
     assert sorted(found[:3]) == sorted(found[3:6]) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, 8])
 def test_processes_together_read_the_batches_of_one(rng, monkeypatch, processes):
     source, seed = Numbers(int(rng.integers(5, 40))), int(rng.integers(1000))
     straight = numbers(source, 8, seed, 0, 9)
