@@ -154,6 +154,9 @@ def _work(job: Job, stage: pipeline.Stage) -> None:
 
     start_processes()
     job.config.mesh.sizes(jax.device_count())  # an impossible mesh is told before any stage's work
+    if jax.process_index() > 0:  # the first process holds the lock and writes for all
+        stage.work(job, job.workdir / stage.folder)
+        return
     with exclusive(job.workdir):
         with timed(job.workdir, stage):
             stage.work(job, job.workdir / stage.folder)

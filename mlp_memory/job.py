@@ -99,8 +99,8 @@ class Job:
     @functools.cached_property
     def memory_config(self) -> MemoryConfig:
         """The memory's shape for the keys and the vocabulary."""
-        vocab_size = self.manifest("corpus/train").facts["vocab_size"]
-        return self.config.memory.resolved(self.manifest("datastore").facts["dim"], vocab_size)
+        dim = self.manifest("datastore").facts["dim"]
+        return self.config.memory.resolved(dim, self.decoder_config.vocab_size)
 
     def baseline_configs(self) -> tuple[DecoderConfig, PretrainConfig]:
         """Shape and training of the equal-parameter decoder."""

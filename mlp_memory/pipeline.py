@@ -48,6 +48,10 @@ class Stage:
         Raises:
           UserError: it was made otherwise, a parent changed, or a file is damaged.
         """
+        if self.parts:
+            from mlp_memory.corpus.tokenize import require_same_corpus
+
+            require_same_corpus(job.workdir / self.folder, job.config.corpus)
         names = [f"{self.folder}/{part}" for part in self.parts] or [self.folder]
         directories = [job.workdir / name for name in names]
         found = [artifacts.peek(directory) for directory in directories]

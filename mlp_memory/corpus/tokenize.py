@@ -69,6 +69,13 @@ def tokenize(directory: Directory, config: CorpusConfig) -> None:
         _write_splits(directory, work, vocabulary, splits)
 
 
+def require_same_corpus(directory: Directory, config: CorpusConfig) -> None:
+    """Raises `UserError` where what is there was made with another config or from other texts."""
+    found = {name: artifacts.peek(directory / name) for name in ("vocabulary", *SPLITS)}
+    _require_same(directory, found, artifacts.config_dict(config))
+    _require_same_inputs(directory, found, config)
+
+
 def _is_whole(directory: Directory, manifest: Manifest | None) -> bool:
     """Whether a part is finished and undamaged."""
     if manifest is None or not manifest.finished:

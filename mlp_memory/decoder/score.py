@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.decoder.config import Tap
 from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.decoder.windows import Ranges, Window, WindowPlan, window_arrays
-from mlp_memory.parallel.sharding import place_batch
+from mlp_memory.parallel.sharding import place_whole_batch
 from mlp_memory.training.sparse_head import label_log_prob
 
 
@@ -56,7 +57,9 @@ class RowReader:
                 jnp.float32
             )
 
-        self._read, self._tap_only = jax.jit(read), jax.jit(tap_only)
+        everywhere = NamedSharding(mesh, P())
+        self._read = jax.jit(read, out_shardings=everywhere)
+        self._tap_only = jax.jit(tap_only, out_shardings=everywhere)
 
     def _batches(
         self, stream: TokenStream, ranges: Ranges
@@ -67,7 +70,7 @@ class RowReader:
             starts = [w.start for w in group] + [len(stream)] * (self._batch - len(group))
             parts = [window_arrays(stream, s, self._plan.context) for s in starts]
             arrays = {k: np.stack([p[k] for p in parts]) for k in parts[0]}
-            yield group, place_batch(arrays, self._mesh)
+            yield group, place_whole_batch(arrays, self._mesh)
 
     def taps(self, stream: TokenStream, start: int, stop: int) -> np.ndarray:
         """Tapped states of rows start..stop, [stop − start, D] float32."""

@@ -1,15 +1,17 @@
 """log p_M of given tokens for many hidden states, in equal batches."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mlp_memory.memory.mlp import Memory
-from mlp_memory.parallel.sharding import place_batch
+from mlp_memory.parallel.sharding import place_whole_batch
 from mlp_memory.training.sparse_head import label_log_prob
 
 
@@ -35,7 +37,7 @@ def memory_log_probs(
     split = mesh.shape["slice"] * mesh.shape["data"] * mesh.shape["fsdp"]
     batch = -(-batch // split) * split
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
     def score(params: nnx.State, arrays: dict[str, jax.Array]) -> jax.Array:
         model = nnx.merge(graphdef, params)
         return label_log_prob(model(arrays["h"], dtype=dtype), model.head_kernel(), arrays["labels"])
@@ -45,5 +47,5 @@ def memory_log_probs(
         h, labels = h_NxD[start : start + batch], labels_N[start : start + batch]
         pad = batch - len(h)
         arrays = {"h": np.pad(h, ((0, pad), (0, 0))), "labels": np.pad(labels, (0, pad))}
-        found.append(np.asarray(score(params, place_batch(arrays, mesh)))[: batch - pad])
+        found.append(np.asarray(score(params, place_whole_batch(arrays, mesh)))[: batch - pad])
     return np.concatenate(found) if found else np.zeros(0, np.float32)

@@ -66,6 +66,7 @@ def place_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
-def replicate(value: Any, mesh: Mesh) -> Any:
-    """Arrays copied to every device of the mesh."""
-    return jax.device_put(value, NamedSharding(mesh, P()))
+def place_whole_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch that every process holds whole, as global arrays split over the batch axes."""
+    sharding = NamedSharding(mesh, P(BATCH))
+    return {k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__) for k, v in batch.items()}

@@ -12,6 +12,8 @@ import grain
 import jax
 import numpy as np
 
+from mlp_memory.artifacts import UserError
+
 
 class Source(Protocol):
     """Numbered elements, each a dict of equally shaped NumPy arrays."""
@@ -25,16 +27,21 @@ class Batches:
     """Steps of `batch_size` elements.
 
     Raises:
-      ValueError: the batch does not divide over the processes.
+      UserError: the batch does not divide over the processes.
     """
 
     def __init__(self, source: Source, batch_size: int, seed: int, threads: int = 2):
         processes = jax.process_count()
         if batch_size % processes:
-            raise ValueError(f"batch_size {batch_size} does not divide over {processes} processes")
+            raise UserError(f"batch_size = {batch_size} does not divide over {processes} processes")
         self._threads = threads
         self._parts = (
-            grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size // processes)
+            # As good as endless; grain's own endless repeat overflows with batches of one.
+            grain.MapDataset.source(source)
+            .seed(seed)
+            .shuffle()
+            .repeat((1 << 62) // len(source))
+            .batch(batch_size // processes)
         )
 
     def from_step(self, step: int) -> Iterator[dict[str, Any]]:

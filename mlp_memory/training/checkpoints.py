@@ -4,6 +4,8 @@ Layout of a model artifact: `steps/` (training state, gone once finished), `mode
 result's parameters), `metrics.jsonl`, `manifest.json`.
 """
 
+import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mlp_memory import artifacts
@@ -89,13 +92,25 @@ class StepCheckpoints:
 
 
 def _load(read: Callable[[], Any], where: str) -> Any:
+    """What `read` gives; a checkpoint that cannot be read is one line.
+
+    Orbax's event loop tells of a failed read a second time, in tracebacks of its own while it
+    is taken down; the loop is gone with the process, so they are not let through.
+    """
+    loud, asyncio_log = sys.unraisablehook, logging.getLogger("asyncio")
+    level = asyncio_log.level
+    sys.unraisablehook = lambda _: None
+    asyncio_log.setLevel(logging.CRITICAL + 1)
     try:
-        return read()
+        value = read()
     except Exception as error:  # Orbax has no one class for "this checkpoint is damaged"
         raise UserError(
             f"cannot read checkpoint {where}: {artifacts.first_line(error)}; "
             "delete its folder and run the stage again"
         ) from error
+    sys.unraisablehook = loud
+    asyncio_log.setLevel(level)
+    return value
 
 
 @jax.jit
@@ -116,7 +131,12 @@ def checksums(params: Any) -> dict[str, str]:
 def publish(directory: Directory, manifest: Manifest, params: Any, **facts: Any) -> Manifest:
     """Writes the result of a training and declares its artifact whole."""
     ocp.save((directory / "model").location, params, overwrite=True)
-    return artifacts.finish(directory, manifest, checksums=checksums(params), **facts)
+    facts["checksums"] = checksums(params)
+    if jax.process_index() == 0:
+        artifacts.finish(directory, manifest, **facts)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"published {directory}")
+    return artifacts.peek(directory)
 
 
 def restore(directory: Directory, manifest: Manifest, model: nnx.Module, mesh: Mesh) -> nnx.Module:

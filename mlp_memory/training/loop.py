@@ -7,6 +7,7 @@ A step's figures are read while the next step runs, so the device never waits fo
 
 import contextlib
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlp_memory.artifacts import Directory, Manifest, UserError
-from mlp_memory.parallel.sharding import place_batch, state_shardings
+from mlp_memory.parallel.sharding import BATCH, place_batch, state_shardings
 from mlp_memory.training import checkpoints, optimizer
 from mlp_memory.training.batches import Batches
 from mlp_memory.training.config import TrainConfig
@@ -220,6 +221,12 @@ def train(
       UserError: the loss is not finite.
       SystemExit: after SIGTERM, the state saved.
     """
+    parts = math.prod(mesh.shape[axis] for axis in BATCH)
+    if (config.batch_size // config.accumulate) % parts:
+        raise UserError(
+            f"batch_size = {config.batch_size} in {config.accumulate} part(s) does not divide over the "
+            f"{parts} devices of mesh axes {', '.join(BATCH)}: change batch_size or the mesh"
+        )
     run = _Run(task, config, mesh)
     steps = checkpoints.StepCheckpoints(directory, config.keep)
     with contextlib.closing(steps), contextlib.closing(_StopRequest()) as stop:

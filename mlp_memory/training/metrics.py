@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import jax
 import tensorboardX
 
 from mlp_memory.artifacts import Directory
@@ -11,7 +12,9 @@ _FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Writes figures by step. Lines after `resume_step` of an earlier start are dropped.
+    """Writes figures by step, on the first process.
+
+    Lines after `resume_step` of an earlier start are dropped.
 
     Only figures that a repeated run would repeat go into metrics.jsonl; rates go to
     TensorBoard alone.
@@ -20,9 +23,9 @@ class Metrics:
     def __init__(self, directory: Directory, resume_step: int):
         self._directory = directory
         self._lines = [line for line in read_metrics(directory) if line["step"] <= resume_step]
-        self._board = (
-            tensorboardX.SummaryWriter(str(directory.path / "tensorboard")) if directory.is_local else None
-        )
+        self._writes = jax.process_index() == 0
+        local = directory.is_local and self._writes
+        self._board = tensorboardX.SummaryWriter(str(directory.path / "tensorboard")) if local else None
 
     def write(self, step: int, figures: dict[str, float], rates: dict[str, float] | None = None) -> None:
         """Adds one step's figures; `flush` puts them on disk."""
@@ -34,7 +37,8 @@ class Metrics:
     def flush(self) -> None:
         """Replaces the file as a whole, so that it is never half a line."""
         text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in self._lines)
-        self._directory.write(_FILE, text.encode())
+        if self._writes:
+            self._directory.write(_FILE, text.encode())
         if self._board is not None:
             self._board.flush()
 
