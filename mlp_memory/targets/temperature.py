@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlp_memory.targets.interpolation import mixture_nll
 from mlp_memory.targets.knn import knn_log_prob
 
 LAMBDAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -62,12 +63,7 @@ def choose_temperature(
     rows_Qxk = np.where(np.isfinite(sqdist_Qxk), 0, -1)
     knn_TxQ = knn_log_prob(rows_Qxk, sqdist_Qxk, neighbor_labels_Qxk, taus, next_token_Q)
     base_Q = base_log_prob_Q.astype(np.float64)
-    nll_TxL = np.array(
-        [
-            [-np.logaddexp(np.log(lam) + knn_Q, np.log1p(-lam) + base_Q).mean() for lam in lambdas]
-            for knn_Q in knn_TxQ
-        ]
-    )
+    nll_TxL = np.array([mixture_nll(base_Q, knn_Q, np.asarray(lambdas)) for knn_Q in knn_TxQ])
     t, l = np.unravel_index(nll_TxL.argmin(), nll_TxL.shape)
     table = {
         "temperatures": [float(tau) for tau in taus],
