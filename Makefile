@@ -1,5 +1,6 @@
 # make demo   the whole pipeline on the embedded corpus, ends in a results table and a report
 # make test   the tests        make lint   style        make lock   renew requirements.lock
+# make parity the models against transformers, in .venv-parity (torch on CPU, 2 GB)
 # PYTHON=     interpreter for .venv (3.11 to 3.13); the newest that runs is taken if not given
 # WORKDIR=    where the demo goes (default runs/demo)
 
@@ -10,8 +11,9 @@ PYTHON  ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do 
 	2>/dev/null && echo $$p && break; done)
 RUN     := $(VENV)/bin/python
 READY   := $(VENV)/.ready
+PARITY  := .venv-parity/.ready
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test lint lock parity clean
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock pyproject.toml
@@ -28,6 +30,16 @@ demo: $(READY)
 test: $(READY)
 	$(RUN) -m pytest
 
+$(PARITY): requirements-parity.txt requirements.lock
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found: give PYTHON=/path/to/python"; exit 2; }
+	@echo "making .venv-parity with $$($(PYTHON) --version) (a few minutes, 2 GB)"
+	@test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 -r requirements-parity.txt
+	@touch $(PARITY)
+
+parity: $(PARITY)
+	.venv-parity/bin/python -m pytest -rP tests/parity
+
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -38,4 +50,4 @@ lock: $(READY)
 		--custom-compile-command "make lock" --upgrade requirements.txt -o requirements.lock
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-parity .pytest_cache .ruff_cache build *.egg-info

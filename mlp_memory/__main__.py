@@ -72,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--dry_run", action="store_true", help="print the resolved config with every shape, and stop"
         )
+        if name == "import":
+            command.add_argument(
+                "--from",
+                dest="source",
+                metavar="DIR_OR_FILE",
+                help="Hugging Face folder, GGUF or llama2.c file (pretrained.source)",
+            )
         if name == "generate":
             command.add_argument("--prompt", required=True, help="text to continue")
             command.add_argument(
@@ -160,7 +167,8 @@ def _work(job: Job, stage: pipeline.Stage) -> None:
     with exclusive(job.workdir):
         with timed(job.workdir, stage):
             stage.work(job, job.workdir / stage.folder)
-        job.workdir.write(_SAVED, gin.operative_config_str().encode())
+        if stage.folder != "memory" or stage.name != "import":  # that config's source is no decoder
+            job.workdir.write(_SAVED, gin.operative_config_str().encode())
 
 
 def _show_results(job: Job) -> None:
@@ -184,7 +192,9 @@ def _generate(args: argparse.Namespace, job: Job) -> None:
 
 def _dispatch(args: argparse.Namespace) -> None:
     workdir = Directory(args.workdir)
-    config = load_config(args.gin_file, args.gin, workdir)
+    source = getattr(args, "source", None)
+    bindings = [*args.gin, *([f"pretrained.source = {source!r}"] if source else [])]
+    config = load_config(args.gin_file, bindings, workdir)
     job = Job(workdir, config)
     if args.dry_run:
         from mlp_memory.dry_run import shapes_table
@@ -200,7 +210,7 @@ def _dispatch(args: argparse.Namespace) -> None:
     elif args.stage == "generate":
         _generate(args, job)
     else:
-        stage = pipeline.find_stage(args.stage)
+        stage = pipeline.import_stage(job) if args.stage == "import" else pipeline.find_stage(args.stage)
         if stage.is_done(job):
             print(f"{stage.name}: done before, in {job.workdir / stage.folder}", file=sys.stderr)
         else:

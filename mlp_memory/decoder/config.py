@@ -100,7 +100,8 @@ class DecoderConfig:
     def __post_init__(self):
         check_whole(self, dict.fromkeys(("layers", "dim", "heads", "max_positions", "rope_original"), 1))
         check_whole(
-            self, dict.fromkeys(("kv_heads", "head_size", "ffn_dim", "vocab_size", "window", "window_from"), 0)
+            self,
+            dict.fromkeys(("kv_heads", "head_size", "ffn_dim", "vocab_size", "window", "window_from"), 0),
         )
         check_positive(
             self, "norm_epsilon", "rope_base", "rope_factor", "rope_low_factor", "rope_high_factor"

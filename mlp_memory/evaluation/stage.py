@@ -84,7 +84,9 @@ def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[s
         "parameters": {
             n: trained[s]["parameters"] for n, s in names.items() if n != "joint" and s in trained
         },
-        "training_flops": {n: trained[s]["train_flops"] for n, s in names.items() if s in trained},
+        "training_flops": {
+            n: trained[s]["train_flops"] for n, s in names.items() if "train_flops" in trained.get(s, {})
+        },
         "recall": {"k": inputs.index["recall_k"], "value": inputs.index["recall"]},
         "teacher": {name: value for name, value in inputs.targets.items() if name != "temperature_choice"},
         "samples": _samples(inputs, results),

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 FACTS = "mlp_memory.json"
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # Loaders elsewhere (transformers) refuse a file that does not name a framework they know.
 # A second key must not join it: the library writes several in an order that changes.
 _METADATA = {"format": "pt"}
@@ -45,6 +45,16 @@ _DTYPES = {
 }
 
 
+CONVERT = (
+    'convert it first, where you trust it: python -c "import sys, torch, safetensors.torch as s; '
+    "s.save_file(torch.load(sys.argv[1], weights_only=True), 'model.safetensors')\" FILE"
+)
+"""How a pickle becomes a file that is read here."""
+
+
+LazyArray = np.ndarray | Callable[[], np.ndarray]
+
+
 class TensorSpec(NamedTuple):
     """A tensor's shape and dtype name."""
 
@@ -55,7 +65,7 @@ class TensorSpec(NamedTuple):
 def save_model(
     directory: Directory,
     config: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, LazyArray],
     files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     facts: Mapping[str, Any] | None = None,
@@ -69,7 +79,8 @@ def save_model(
       directory: where to; local folders are prepared beside it and moved into place.
       config: plain JSON, for `config.json`.
       tensors: arrays by name, of any shape; floats of 16 (bfloat16 too), 32 and 64 bits,
-        integers of 8 to 64 bits, bool.
+        integers of 8 to 64 bits, bool. Or functions that make them, each called twice, so
+        that a model larger than memory is written file by file.
       files: further files by plain name, such as `tokenizer.model`.
       max_shard_bytes: tensors beyond this many bytes go into several numbered files
         with an index; a larger tensor gets a file of its own.
@@ -82,31 +93,30 @@ def save_model(
     """
     files, facts = dict(files or {}), dict(facts or {})
     _check_arguments(facts, tensors, files)
-    arrays = {name: _storable(name, tensors[name]) for name in sorted(tensors)}
-    shards = _shards(arrays, max_shard_bytes)
-    listed = {
-        name: {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": _checksum(array)}
-        for name, array in arrays.items()
-    }
+    sizes, listed = {}, {}
+    for name in sorted(tensors):
+        array = _storable(name, tensors[name])
+        sizes[name] = array.nbytes
+        listed[name] = {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": _checksum(array)}
+    shards = _shards(sizes, max_shard_bytes)
     config_bytes = canonical_json(config).encode()
     listing = {**facts, "tensors": listed, "config_sha256": digest(config_bytes)}
     files[FACTS] = canonical_json(listing).encode()
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
-        total = sum(array.nbytes for array in arrays.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         files[_INDEX] = canonical_json(index).encode()
     try:
         if directory.is_local:
-            _write_local(directory.path, arrays, shards, files, config_bytes)
+            _write_local(directory.path, tensors, shards, files, config_bytes)
         else:
-            _write_remote(directory, arrays, shards, files, config_bytes)
+            _write_remote(directory, tensors, shards, files, config_bytes)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {directory}: {first_line(error)}") from error
 
 
 def _check_arguments(
-    facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray], files: Mapping[str, bytes]
+    facts: Mapping[str, Any], tensors: Mapping[str, LazyArray], files: Mapping[str, bytes]
 ) -> None:
     if taken := sorted({"tensors", "config_sha256"} & set(facts)):
         raise ValueError(f"facts have a key {taken[0]!r}, which save_model adds")
@@ -115,7 +125,7 @@ def _check_arguments(
     for name in files:
         if name != Path(name).name or _is_ours(name) or name == "manifest.json":
             raise ValueError(f"file name {name!r} is not plain or is taken")
-        if name.endswith(_PICKLES):
+        if name.endswith(PICKLES):
             raise ValueError(f"file {name!r} would be taken for a pickle, which load_model refuses")
 
 
@@ -123,9 +133,9 @@ def _is_ours(name: str) -> bool:
     return name in (_CONFIG, _SINGLE, _INDEX, FACTS) or _SHARD.fullmatch(name) is not None
 
 
-def _storable(name: str, array: np.ndarray) -> np.ndarray:
+def _storable(name: str, tensor: LazyArray) -> np.ndarray:
     """The array, little-endian and contiguous (`np.ascontiguousarray` would turn [] into [1])."""
-    array = np.asarray(array)
+    array = np.asarray(tensor() if callable(tensor) else tensor)
     if array.dtype.name not in _DTYPES.values():
         raise ValueError(f"tensor {name!r}: dtype {array.dtype.name} cannot be stored")
     return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
@@ -135,16 +145,16 @@ def _checksum(array: np.ndarray) -> str:
     return digest(array.reshape(-1).view(np.uint8).data if array.size else b"")
 
 
-def _shards(arrays: Mapping[str, np.ndarray], max_shard_bytes: int) -> dict[str, list[str]]:
+def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
     """File name -> the tensors it holds, filled in the order of the names."""
     groups: list[list[str]] = [[]]
     filled = 0
-    for name, array in arrays.items():
-        if groups[-1] and filled + array.nbytes > max_shard_bytes:
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > max_shard_bytes:
             groups.append([])
             filled = 0
         groups[-1].append(name)
-        filled += array.nbytes
+        filled += size
     if len(groups) == 1:
         return {_SINGLE: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
@@ -152,7 +162,7 @@ def _shards(arrays: Mapping[str, np.ndarray], max_shard_bytes: int) -> dict[str,
 
 def _write_local(
     target: Path,
-    arrays: Mapping[str, np.ndarray],
+    tensors: Mapping[str, LazyArray],
     shards: Mapping[str, list[str]],
     files: Mapping[str, bytes],
     config_bytes: bytes,
@@ -165,7 +175,8 @@ def _write_local(
     for file, data in files.items():
         (partial / file).write_bytes(data)
     for file, names in shards.items():
-        safetensors.numpy.save_file({n: arrays[n] for n in names}, partial / file, metadata=_METADATA)
+        arrays = {name: _storable(name, tensors[name]) for name in names}
+        safetensors.numpy.save_file(arrays, partial / file, metadata=_METADATA)
         # The library's files are for their owner alone, whatever the umask.
         shutil.copymode(partial / _CONFIG, partial / file)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -184,7 +195,7 @@ def _write_local(
 
 def _write_remote(
     directory: Directory,
-    arrays: Mapping[str, np.ndarray],
+    tensors: Mapping[str, LazyArray],
     shards: Mapping[str, list[str]],
     files: Mapping[str, bytes],
     config_bytes: bytes,
@@ -192,7 +203,8 @@ def _write_remote(
     for old in [_CONFIG, *(name for name in directory.names() if _is_ours(name))]:
         directory.kvstore.write(old, None).result()
     for file, names in shards.items():
-        directory.write(file, safetensors.numpy.save({n: arrays[n] for n in names}, metadata=_METADATA))
+        arrays = {name: _storable(name, tensors[name]) for name in names}
+        directory.write(file, safetensors.numpy.save(arrays, metadata=_METADATA))
     for file, data in files.items():
         directory.write(file, data)
     directory.write(_CONFIG, config_bytes)
@@ -265,8 +277,10 @@ class ModelFolder:
             ) from error
         for file in held:
             if not isinstance(file, str) or not _SHARD.fullmatch(file):
-                hint = _CONVERT if str(file).endswith(_PICKLES) else self._again
-                raise UserError(f"{directory}/{_INDEX} names {file!r}, not a numbered .safetensors file: {hint}")
+                hint = CONVERT if str(file).endswith(PICKLES) else self._again
+                raise UserError(
+                    f"{directory}/{_INDEX} names {file!r}, not a numbered .safetensors file: {hint}"
+                )
             if file not in names:
                 raise UserError(f"{directory}/{file} is missing: {self._again}")
         return held
@@ -331,12 +345,6 @@ def load_model(directory: Directory) -> tuple[dict[str, Any], dict[str, np.ndarr
     return folder.config, {name: folder.read(name) for name in sorted(folder.specs)}
 
 
-_CONVERT = (
-    "convert it first, where you trust it: python -c \"import sys, torch, safetensors.torch as s; "
-    "s.save_file(torch.load(sys.argv[1], weights_only=True), 'model.safetensors')\" FILE"
-)
-
-
 def _read_lists(
     directory: Directory, names: list[str]
 ) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, dict[str, Any]] | None]:
@@ -380,8 +388,8 @@ def _object(data: bytes, where: str) -> dict[str, Any]:
 
 def _refuse_pickles(directory: Directory, names: list[str]) -> None:
     for name in names:
-        if name.endswith(_PICKLES):
-            raise UserError(f"{directory}/{name} is a pickle, which can run code when opened: {_CONVERT}")
+        if name.endswith(PICKLES):
+            raise UserError(f"{directory}/{name} is a pickle, which can run code when opened: {CONVERT}")
 
 
 def _read(directory: Directory, name: str) -> bytes | None:

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import Directory, Manifest, UserError
+from mlp_memory.artifacts import Directory, Manifest, UserError, as_dtype
 from mlp_memory.parallel.sharding import state_shardings
 
 
@@ -129,9 +129,16 @@ def checksums(params: Any) -> dict[str, str]:
 
 
 def publish(directory: Directory, manifest: Manifest, params: Any, **facts: Any) -> Manifest:
-    """Writes the result of a training and declares its artifact whole."""
+    """Writes a model's parameters and declares its artifact whole.
+
+    Facts of every such artifact: `checksums`, and `dtypes` of parameters other than float32.
+    """
     ocp.save((directory / "model").location, params, overwrite=True)
     facts["checksums"] = checksums(params)
+    flat = nnx.traversals.flatten_mapping(params)
+    dtypes = {".".join(map(str, path)): value.dtype.name for path, value in flat.items()}
+    if other := {name: dtype for name, dtype in dtypes.items() if dtype != "float32"}:
+        facts["dtypes"] = other
     if jax.process_index() == 0:
         artifacts.finish(directory, manifest, **facts)
     if jax.process_count() > 1:
@@ -147,8 +154,17 @@ def restore(directory: Directory, manifest: Manifest, model: nnx.Module, mesh: M
     """
     graphdef, state = nnx.split(model)
     shardings = state_shardings(state, mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nnx.to_pure_dict(state), shardings
+    dtypes = manifest.facts.get("dtypes", {})
+    flat_shardings = nnx.traversals.flatten_mapping(shardings)
+    abstract = nnx.traversals.unflatten_mapping(
+        {
+            path: jax.ShapeDtypeStruct(
+                variable.get_value().shape,
+                as_dtype(dtypes.get(".".join(map(str, path)), "float32")),
+                sharding=flat_shardings[path],
+            )
+            for path, variable in nnx.to_flat_state(state)
+        }
     )
     where = (directory / "model").location
     params = _load(lambda: ocp.load(where, abstract), where)

@@ -16,7 +16,7 @@ import safetensors.numpy
 import tensorstore as ts
 
 from mlp_memory.artifacts import Directory, UserError
-from mlp_memory.interchange import load_model, save_model
+from mlp_memory.interchange.model_folder import load_model, save_model
 
 DTYPES = [
     np.dtype(t)
@@ -92,7 +92,7 @@ def test_bytes_do_not_depend_on_order_or_process(tmp_path: Path) -> None:
     save_model(Directory(tmp_path / "b"), dict(reversed(CONFIG.items())), backwards, max_shard_bytes=100)
     code = (
         "import sys, numpy as np\n"
-        "from mlp_memory.artifacts import Directory\nfrom mlp_memory.interchange import save_model\n"
+        "from mlp_memory.artifacts import Directory\nfrom mlp_memory.interchange.model_folder import save_model\n"
         "rng = np.random.default_rng(5)\n"
         "tensors = {f't{i}': rng.normal(size=(3, i)).astype(np.float32) for i in range(9)}\n"
         f"save_model(Directory(sys.argv[1]), {CONFIG!r}, tensors, max_shard_bytes=100)"
@@ -212,7 +212,11 @@ INDEX = "model.safetensors.index.json"
         (999, edit_bytes("config.json", lambda b: b"[" * 100_000), ["config.json is damaged"]),
         (999, edit_bytes("config.json", lambda b: b"{}"), ["config.json is damaged (checksum)"]),
         (999, edit_bytes("config.json", lambda b: b"[]"), ["config.json is damaged"]),
-        (999, edit_bytes("mlp_memory.json", lambda b: b"{}"), ["mlp_memory.json is damaged or not from export"]),
+        (
+            999,
+            edit_bytes("mlp_memory.json", lambda b: b"{}"),
+            ["mlp_memory.json is damaged or not from export"],
+        ),
         (999, edit_bytes("mlp_memory.json", lambda b: b"[" * 100_000), ["mlp_memory.json is damaged"]),
         (999, rename("mlp_memory.json", "x"), ["mlp_memory.json is missing"]),
         (999, edit_bytes("config.json", lambda b: b[:-20]), ["config.json is damaged"]),
