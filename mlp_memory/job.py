@@ -16,8 +16,8 @@ from mlp_memory.memory.config import MemoryConfig
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from mlp_memory.decoder.score import RowReader
     from mlp_memory.corpus.vocabulary import Vocabulary
+    from mlp_memory.decoder.score import RowReader
     from mlp_memory.decoder.transformer import Decoder
     from mlp_memory.interchange.source import Source
     from mlp_memory.memory.distill import ValidationRows

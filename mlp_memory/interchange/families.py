@@ -72,8 +72,10 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[str, DecoderConf
     settings = _Settings(config, _DEFAULTS[family], where)
     try:
         return family, _gpt2(settings) if family == "gpt2" else _llama_like(family, settings)
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise UserError(f"{where} does not describe a model: {error}") from error
+    except (UserError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        if str(error).startswith(where):
+            raise
+        raise UserError(f"{where} describes no model: {error}") from error
 
 
 def _gpt2(s: _Settings) -> DecoderConfig:

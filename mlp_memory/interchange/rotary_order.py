@@ -12,9 +12,3 @@ def halves_from_pairs(weight_OxI: np.ndarray, heads: int) -> np.ndarray:
     """Query or key weights [heads·E, in] for halves, from ones for neighbouring pairs."""
     out, rest = weight_OxI.shape[0], weight_OxI.shape[1:]
     return weight_OxI.reshape(heads, out // heads // 2, 2, *rest).swapaxes(1, 2).reshape(out, *rest)
-
-
-def pairs_from_halves(weight_OxI: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of `halves_from_pairs`."""
-    out, rest = weight_OxI.shape[0], weight_OxI.shape[1:]
-    return weight_OxI.reshape(heads, 2, out // heads // 2, *rest).swapaxes(1, 2).reshape(out, *rest)

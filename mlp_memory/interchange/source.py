@@ -138,6 +138,11 @@ def _recognise(opened: Any, files: dict[str, bytes]) -> Source:
         shapes = {name: spec.shape for name, spec in specs.items()}
         config = families.read_memory_config(opened.config, shapes, where)
         kind, family = "memory", config.style
+    if family != OWN and config.layers > len(specs):
+        raise UserError(
+            f"{config_where}: {config.layers} layers, and {len(specs)} tensors in all: use the config that "
+            "belongs to these weights"
+        )
     model = Decoder if kind == "decoder" else Memory
     try:
         abstract = nnx.eval_shape(lambda: model(config, nnx.Rngs(0)))
@@ -173,7 +178,7 @@ def _own(config: dict[str, Any], where: str) -> tuple[str, str, DecoderConfig]:
         fields = {field.name for field in dataclasses.fields(DecoderConfig)}
         return "decoder", OWN, DecoderConfig(**{k: v for k, v in config.items() if k in fields})
     except TypeError as error:
-        raise UserError(f"{where} does not describe a model: {error}") from error
+        raise UserError(f"{where} describes no model: {error}") from error
 
 
 def _names(specs: Mapping[str, TensorSpec], layout: Layout) -> dict[str, str]:

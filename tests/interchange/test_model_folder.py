@@ -92,7 +92,8 @@ def test_bytes_do_not_depend_on_order_or_process(tmp_path: Path) -> None:
     save_model(Directory(tmp_path / "b"), dict(reversed(CONFIG.items())), backwards, max_shard_bytes=100)
     code = (
         "import sys, numpy as np\n"
-        "from mlp_memory.artifacts import Directory\nfrom mlp_memory.interchange.model_folder import save_model\n"
+        "from mlp_memory.artifacts import Directory\n"
+        "from mlp_memory.interchange.model_folder import save_model\n"
         "rng = np.random.default_rng(5)\n"
         "tensors = {f't{i}': rng.normal(size=(3, i)).astype(np.float32) for i in range(9)}\n"
         f"save_model(Directory(sys.argv[1]), {CONFIG!r}, tensors, max_shard_bytes=100)"
@@ -259,7 +260,7 @@ def test_pickles_are_refused_unopened(tmp_path: Path, name: str) -> None:
             return (tmp_path.joinpath("fired").touch, ())
 
     (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(UserError, match="convert it first.*weights_only=True"):
+    with pytest.raises(UserError, match=r"convert it first.*weights_only=True"):
         load_model(Directory(tmp_path))
     with pytest.raises(UserError, match="give the folder"):
         load_model(Directory(tmp_path / name))

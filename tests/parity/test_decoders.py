@@ -92,7 +92,7 @@ def tensors(folder: Path) -> dict[str, bytes]:
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():
+            for name in list(opened.keys()):
                 value = opened.get_tensor(name).contiguous()
                 found[name] = str(value.shape).encode() + value.view(torch.uint8).numpy().tobytes()
     return found
