@@ -209,6 +209,7 @@ def _systems(job: Job) -> "Systems":
 
 
 def _export(job: Job, directory: Directory) -> None:
+    from mlp_memory.corpus.vocabulary import Vocabulary
     from mlp_memory.interchange.export import export
 
     manifest = _begin("export", "export", job, directory)
@@ -221,7 +222,7 @@ def _export(job: Job, directory: Directory) -> None:
             "joint": job.decoder("joint"),
         },
         tap=dataclasses.asdict(job.embed_config.tap),
-        vocabulary=job.workdir / "corpus/vocabulary",
+        vocabulary=Vocabulary.load(job.workdir / "corpus/vocabulary"),
     )
 
 

@@ -8,12 +8,11 @@ from flax import nnx
 
 from mlp_memory import artifacts
 from mlp_memory.artifacts import Directory, Manifest, UserError
+from mlp_memory.corpus.vocabulary import Vocabulary
 from mlp_memory.decoder.config import DecoderConfig
 from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.interchange.model_folder import load_model, save_model
 from mlp_memory.memory.mlp import Memory, MemoryConfig
-
-_TOKENIZER = "tokenizer.model"
 
 
 def export(
@@ -21,7 +20,7 @@ def export(
     manifest: Manifest,
     models: dict[str, tuple[nnx.Module, Manifest]],
     tap: dict[str, Any],
-    vocabulary: Directory,
+    vocabulary: Vocabulary,
 ) -> None:
     """Writes `directory`/NAME for each model and reads it back.
 
@@ -30,12 +29,11 @@ def export(
       manifest: of the artifact, begun.
       models: name -> model and its manifest.
       tap: the memory's input, for its config.
-      vocabulary: whose tokenizer goes beside each model.
+      vocabulary: whose files go beside each model.
 
     Raises:
       UserError: the disk refuses, or what was read back differs.
     """
-    tokenizer = vocabulary.read(_TOKENIZER) or b""
     for name, (model, made) in models.items():
         config = {
             "model_type": "memory" if isinstance(model, Memory) else "decoder",
@@ -47,7 +45,7 @@ def export(
         elif "interpolation" in made.facts:
             config["lambda"] = made.facts["validation"]["validation_lambda"]
         tensors = tensors_of(model)
-        save_model(directory / name, config, tensors, {_TOKENIZER: tokenizer})
+        save_model(directory / name, config, tensors, vocabulary.files)
         found = tensors_of(load_exported(directory / name)[0])
         if any(not np.array_equal(found[n], t) for n, t in tensors.items()):
             raise UserError(
