@@ -26,7 +26,7 @@ class SentencePieceModel:
       UserError: the bytes are no SentencePiece model.
     """
 
-    def __init__(self, model: bytes, name: str):
+    def __init__(self, model: bytes, name: str, lossless: bool = True):
         self._model = model
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
@@ -41,7 +41,7 @@ class SentencePieceModel:
         self._characters = {c for piece in proto.pieces for c in piece.piece}
         # A model of ours has a rule for U+2581, one without byte pieces has no way to write it.
         self._escapes_space_sign = (
-            not proto.denormalizer_spec.precompiled_charsmap and proto.trainer_spec.byte_fallback
+            lossless and proto.trainer_spec.byte_fallback and not proto.denormalizer_spec.precompiled_charsmap
         )
 
     def encode(self, text: str) -> list[int]:

@@ -63,6 +63,8 @@ class Vocabulary:
       name: how errors call it.
       fingerprint: of the manifest.
       bos, eos: tokens by name, None to take the files' word.
+      lossless: write characters that the tokenizer would change or drop in others, so that
+        they come back; every other text has the ids it has without.
 
     Raises:
       UserError: the files are no tokenizer, or there is neither bos nor eos.
@@ -75,10 +77,11 @@ class Vocabulary:
         fingerprint: str = "",
         bos: str | None = None,
         eos: str | None = None,
+        lossless: bool = True,
     ):
         self.files, self.fingerprint, self._name = dict(files), fingerprint, name
         self.kind = vocabulary_files.kind_of(files, name)
-        self._tokenizer = _make_tokenizer(self.kind, files, name)
+        self._tokenizer = _make_tokenizer(self.kind, files, name, lossless)
         self._added = _added_tokens(files, name, self._tokenizer.size)
         self.size: int = max([self._tokenizer.size, *(i + 1 for i in self._added)])
         self.bos, self.eos = self._borders(bos, eos)
@@ -93,14 +96,14 @@ class Vocabulary:
           path: a tokenizer.json, a SentencePiece model or one half of GPT-2's pair, under any
             name; a folder that has one of them; or the word "bytes".
           bos, eos: see the class.
-          lossless: a SentencePiece model that cannot write every text is extended until it
-            can (see `sentencepiece_model.make_lossless`).
+          lossless: see the class; besides, a SentencePiece model without byte pieces is
+            extended (see `sentencepiece_model.make_lossless`).
 
         Raises:
           UserError: there is no such file, it is no tokenizer, or it has neither bos nor eos.
         """
         files, name = vocabulary_files.read(path), f"vocab_file {path!r}"
-        vocabulary = cls(files, name, bos=bos, eos=eos)
+        vocabulary = cls(files, name, "", bos, eos, lossless)
         if not lossless or vocabulary.kind != "sentencepiece":
             return vocabulary
         model = make_lossless(files[SENTENCEPIECE])
@@ -111,7 +114,7 @@ class Vocabulary:
                 f"{name}: {_ADDED} takes the ids that a lossless form needs: set corpus.lossless = False "
                 "or give the tokenizer.json"
             )
-        return cls(files | {SENTENCEPIECE: model}, name, bos=bos, eos=eos)
+        return cls(files | {SENTENCEPIECE: model}, name, "", bos, eos)
 
     @classmethod
     def load(cls, directory: Directory) -> "Vocabulary":
@@ -130,11 +133,12 @@ class Vocabulary:
             files[name] = data
         if not files:
             raise UserError(f"{directory} names no files: run `python -m mlp_memory tokenize` again")
-        borders = {which: manifest.config.get(which) for which in _WELL_KNOWN}
-        return cls(files, str(directory), manifest.fingerprint, **borders)
+        settings = {name: manifest.config.get(name) for name in ("bos", "eos")}
+        settings["lossless"] = manifest.config.get("lossless", True)
+        return cls(files, str(directory), manifest.fingerprint, **settings)
 
     def save(self, directory: Directory, settings: Mapping[str, Any]) -> None:
-        """Writes what `load` reads; `settings` are the config in its manifest, bos and eos among them."""
+        """Writes what `load` reads; `settings` go into its manifest: bos, eos and lossless as given here."""
         manifest = artifacts.begin(directory, KIND, settings, {})
         for name, data in self.files.items():
             directory.write(name, data)
@@ -242,14 +246,14 @@ class Vocabulary:
         return added[token] if token in added else self._tokenizer.id_of(token)
 
 
-def _make_tokenizer(kind: str, files: Mapping[str, bytes], name: str) -> _Tokenizer:
+def _make_tokenizer(kind: str, files: Mapping[str, bytes], name: str, lossless: bool) -> _Tokenizer:
     if kind == "sentencepiece":
-        return SentencePieceModel(files[SENTENCEPIECE], name)
+        return SentencePieceModel(files[SENTENCEPIECE], name, lossless)
     if kind == "tokenizers":
-        return JsonTokenizer.from_json(files[TOKENIZER_JSON], name)
+        return JsonTokenizer.from_json(files[TOKENIZER_JSON], name, lossless)
     if kind == "gpt2":
         vocabulary, merges = vocabulary_files.vocabulary_name(files), vocabulary_files.merges_name(files)
-        return JsonTokenizer.from_pair(files[vocabulary], files[merges], name)
+        return JsonTokenizer.from_pair(files[vocabulary], files[merges], name, lossless)
     return ByteTokens()
 
 
