@@ -129,9 +129,9 @@ def encode_unit(store: str, vocabulary: str, fingerprint: str, dtype: str, unit:
     Raises:
       UserError: a text cannot be encoded, or the disk refuses.
     """
+    words = _vocabulary(vocabulary, fingerprint)
     from mlp_memory.corpus import tasks  # TensorFlow takes seconds to import; bad input is found before
 
-    words = _vocabulary(vocabulary, fingerprint)
     documents = [ids_T.astype(dtype) for ids_T in tasks.encode(words, unit.texts)]
     lossy = sum(words.decode(ids_T) != text for ids_T, text in zip(documents, unit.texts, strict=True))
     lengths_D = np.array([len(ids_T) for ids_T in documents], np.int64)
