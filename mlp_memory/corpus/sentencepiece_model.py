@@ -147,6 +147,6 @@ def make_lossless(model: bytes) -> bytes:
     proto.trainer_spec.vocab_size = len(proto.pieces)
     rules = proto.normalizer_spec
     rules.name, rules.precompiled_charsmap = "identity", b""
-    rules.remove_extra_whitespaces, rules.escape_whitespaces = False, True
+    rules.remove_extra_whitespaces = False
     proto.denormalizer_spec.Clear()
     return proto.SerializeToString(deterministic=True)

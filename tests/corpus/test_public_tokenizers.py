@@ -70,7 +70,7 @@ def wiki() -> list[str]:
     """The first articles of enwiki2015's validation file, cut to the wanted number of bytes."""
     if not WIKI.exists():
         pytest.skip(f"{WIKI} is not here")
-    left, texts = int(os.environ.get("MLP_MEMORY_WIKI_BYTES", 200_000)), []
+    left, texts = int(os.environ.get("MLP_MEMORY_WIKI_BYTES", 1_000_000)), []
     with lzma.open(WIKI, "rt", encoding="utf-8") as file:
         for line in file:
             data = json.loads(line)["text"].encode()[:left]

@@ -173,7 +173,7 @@ from mlp_memory.corpus.tokenize import tokenize
 
 if __name__ == "__main__":
     units.UNIT_BYTES, units.PARALLEL_BYTES = int(sys.argv[3]), 0
-    config = CorpusConfig("jsonl", sys.argv[2], sys.argv[2], vocab_file="bytes", workers=2)
+    config = CorpusConfig("jsonl", sys.argv[2], vocab_file="bytes", workers=2)
     tokenize(Directory(sys.argv[1]), config)
 """
 
@@ -215,7 +215,7 @@ def test_a_killed_run_leaves_no_process_and_goes_on_from_its_units(
 
     kept = len(list(store.glob("*.npz")))
     monkeypatch.setattr(units, "UNIT_BYTES", size)
-    config = CorpusConfig("jsonl", str(path), str(path), vocab_file="bytes", workers=1)
+    config = CorpusConfig("jsonl", str(path), vocab_file="bytes", workers=1)
     tokenize(Directory(tmp_path / "killed"), config)
     resumed = len(encoded_units)
     encoded_units.clear()
