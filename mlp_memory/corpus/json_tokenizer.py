@@ -75,7 +75,8 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         if self._missing_bytes:
             text = self._escape(text)
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        # The library's fast way leaves out offsets, and is there for batches alone.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: list[int]) -> str:
         text = self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -66,9 +66,10 @@ def tokenize(directory: Directory, config: CorpusConfig) -> None:
     work = _Work(config, settings, files, scan(config, files))
     if "vocabulary" in missing:
         _write_vocabulary(directory / "vocabulary", work, given)
+    vocabulary = Vocabulary.load(directory / "vocabulary")
     for split in SPLITS:
         if split in missing:
-            _write_split(directory, work, directory / "vocabulary", split)
+            _write_split(directory, work, vocabulary, split)
 
 
 def require_same_corpus(directory: Directory, config: CorpusConfig) -> None:
@@ -149,14 +150,13 @@ def _borders(config: CorpusConfig) -> tuple[str | None, str | None]:
     return config.bos, config.eos
 
 
-def _write_split(directory: Directory, work: _Work, vocabulary: Directory, split: str) -> None:
-    words = Vocabulary.load(vocabulary)
-    parents, facts = {"vocabulary": words.fingerprint}, work.facts[split]
+def _write_split(directory: Directory, work: _Work, vocabulary: Vocabulary, split: str) -> None:
+    parents, facts = {"vocabulary": vocabulary.fingerprint}, work.facts[split]
     _clear(directory / split, parents)
-    dtype = np.dtype("<u2" if words.size <= 1 << 16 else "<u4")
+    dtype = np.dtype("<u2" if vocabulary.size <= 1 << 16 else "<u4")
     texts = read_split(work.config, work.files, split)
     encoded = units.encode_split(
-        directory / split, vocabulary, texts, facts.bytes, dtype, work.config.workers
+        directory / split, directory / "vocabulary", texts, facts.bytes, dtype, work.config.workers
     )
     lengths_D = np.concatenate([unit.lengths_D for unit in encoded]) if encoded else np.zeros(0, np.int64)
     if len(lengths_D) != facts.documents:
@@ -170,7 +170,7 @@ def _write_split(directory: Directory, work: _Work, vocabulary: Directory, split
             "this tokenizer changes texts",
             file=sys.stderr,
         )
-    _write_stream(directory / split, work, facts, words, encoded, lengths_D, dtype)
+    _write_stream(directory / split, work, facts, vocabulary, encoded, lengths_D, dtype)
 
 
 def _clear(directory: Directory, parents: dict[str, str]) -> None:

@@ -21,6 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
+from mlp_memory import artifacts
 from mlp_memory.artifacts import Directory, UserError
 from mlp_memory.corpus.vocabulary import Vocabulary
 from mlp_memory.training.progress import Progress
@@ -95,7 +96,7 @@ def encode_split(
     Raises:
       UserError: a text cannot be read or encoded, or a process was killed.
     """
-    store, fingerprint = directory / FOLDER, Vocabulary.load(vocabulary).fingerprint
+    store, fingerprint = directory / FOLDER, artifacts.require(vocabulary, "tokenize").fingerprint
     found = _finished(store)
     done = sum(encoded.num_bytes for encoded in found.values())
     finished: dict[int, Encoded] = {}
