@@ -282,7 +282,7 @@ def finish(directory: Directory, manifest: Manifest, **facts: Any) -> Manifest:
 
 def sweep(directory: Directory) -> None:
     """Removes what a finished artifact needed while it was made and a kill may have left."""
-    for name in ("chunks", "steps"):
+    for name in ("chunks", "steps", "units"):
         if not directory.is_local or (directory.path / name).is_dir():
             (directory / name).delete()
     if directory.is_local:

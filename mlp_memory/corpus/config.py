@@ -4,7 +4,7 @@ import dataclasses
 import os
 from typing import Any
 
-from mlp_memory.artifacts import UserError
+from mlp_memory.artifacts import UserError, runtime
 
 SOURCES = ("python_docs", "jsonl", "text")
 SPLITS = ("train", "validation", "test")
@@ -29,8 +29,13 @@ class CorpusConfig:
         has no files.
       vocab_size: pieces of the trained vocabulary, special ones counted; not used with
         vocab_file.
-      vocab_file: a SentencePiece model to take over.
+      vocab_file: a tokenizer to take over: a tokenizer.json, a SentencePiece model, GPT-2's
+        encoder.json or vocab.bpe, a folder with one of these, or "bytes".
+      bos, eos: the tokens around a document, by name; None takes the tokenizer's own.
+      lossless: extend a SentencePiece vocab_file that cannot write every text (T5's, say) by
+        256 byte pieces and let it keep whitespace; its ids stay. False takes it as it is.
       chunk_rows: tokens in one stored chunk.
+      workers: processes that tokenise a large corpus; None for one a usable core.
 
     Raises:
       UserError: a value is of the wrong type or out of range.
@@ -46,7 +51,11 @@ class CorpusConfig:
     test_fraction: float = 0.05
     vocab_size: int = 4096
     vocab_file: str | None = None
+    bos: str | None = None
+    eos: str | None = None
+    lossless: bool = True
     chunk_rows: int = 65536
+    workers: int | None = runtime(None)
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -80,8 +89,16 @@ class CorpusConfig:
             raise UserError(f"vocab_size = {self.vocab_size!r}: give a whole number above {RESERVED_PIECES}")
         if self.vocab_file is not None:
             if not isinstance(self.vocab_file, str | os.PathLike) or not os.fspath(self.vocab_file):
-                raise UserError(f"vocab_file = {self.vocab_file!r}: give the path of a SentencePiece model")
+                raise UserError(f'vocab_file = {self.vocab_file!r}: give the path of a tokenizer or "bytes"')
             object.__setattr__(self, "vocab_file", os.fspath(self.vocab_file))
+        for name in ("bos", "eos"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise UserError(f"{name} = {value!r}: give a token of the tokenizer by its name, or None")
+        if not isinstance(self.lossless, bool):
+            raise UserError(f"lossless = {self.lossless!r}: give True or False")
+        if self.workers is not None and (not _is_int(self.workers) or self.workers < 1):
+            raise UserError(f"workers = {self.workers!r}: give a whole number above 0, or None for all cores")
         if not _is_int(self.chunk_rows) or self.chunk_rows < 1:
             raise UserError(f"chunk_rows = {self.chunk_rows!r}: give a whole number above 0")
 

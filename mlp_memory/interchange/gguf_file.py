@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 
 from mlp_memory.artifacts import UserError, first_line
-from mlp_memory.corpus import sentencepiece_model
+from mlp_memory.corpus import sentencepiece_pieces
 from mlp_memory.interchange.model_folder import TensorSpec
 from mlp_memory.interchange.rotary_order import halves_from_pairs
 
@@ -210,7 +210,7 @@ class GgufFile:
         names = {f"{k}_token": tokens[i] for k, i in special.items() if 0 <= i < len(tokens)}
         config = {"tokenizer_config.json": json.dumps(names, ensure_ascii=False).encode()}
         if kind == "llama":
-            model = sentencepiece_model.from_pieces(
+            model = sentencepiece_pieces.from_pieces(
                 tokens,
                 self._need("tokenizer.ggml.scores"),
                 kinds,
@@ -239,10 +239,10 @@ class GgufFile:
                 "lstrip": False,
                 "rstrip": False,
                 "normalized": False,
-                "special": kind == sentencepiece_model.CONTROL,
+                "special": kind == sentencepiece_pieces.CONTROL,
             }
             for i, (token, kind) in enumerate(zip(tokens, kinds))
-            if kind in (sentencepiece_model.CONTROL, sentencepiece_model.USER_DEFINED)
+            if kind in (sentencepiece_pieces.CONTROL, sentencepiece_pieces.USER_DEFINED)
         ]
         return json.dumps(
             {

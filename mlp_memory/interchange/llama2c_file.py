@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlp_memory.artifacts import UserError, first_line
-from mlp_memory.corpus import sentencepiece_model
+from mlp_memory.corpus import sentencepiece_pieces
 from mlp_memory.interchange.model_folder import TensorSpec
 from mlp_memory.interchange.rotary_order import halves_from_pairs
 
@@ -160,6 +160,6 @@ def read_tokenizer(path: Path, vocab_size: int) -> bytes:
         ) from error
     names = ("<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)))
     pieces[: len(names)] = names[: len(pieces)]
-    s = sentencepiece_model
+    s = sentencepiece_pieces
     kinds = [s.UNKNOWN, s.CONTROL, s.CONTROL, *[s.BYTE] * 256, *[s.NORMAL] * vocab_size][:vocab_size]
     return s.from_pieces(pieces, scores, kinds, 0, 1, 2, True, str(path))
