@@ -7,7 +7,6 @@ too, and only the eos row has no next token.
 
 import dataclasses
 import hashlib
-import platform
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +18,7 @@ from mlp_memory import artifacts
 from mlp_memory.artifacts import ArraySpec, ChunkWriter, Directory, Manifest, UserError
 from mlp_memory.corpus import vocabulary_training
 from mlp_memory.corpus.config import SPLITS, CorpusConfig
-from mlp_memory.corpus.documents import input_files
+from mlp_memory.corpus.documents import Files, file_sha256, fingerprints, input_files
 from mlp_memory.corpus.split import SplitFacts, read_split, scan
 from mlp_memory.corpus.stream import BOUNDS_NAME, KIND, TokenStream
 from mlp_memory.corpus.vocabulary import KIND as VOCABULARY_KIND
@@ -33,7 +32,7 @@ class _Work:
 
     config: CorpusConfig
     settings: dict[str, Any]
-    files: dict[str, list[Path]]
+    files: Files
     facts: dict[str, SplitFacts]
 
 
@@ -104,7 +103,7 @@ def _require_same_inputs(
 
     A whole corpus outlives its input: files may be gone, and Python may be another.
     """
-    if config.source == "python_docs":
+    if any(source.source == "python_docs" for source in config.sources.values()):
         return
     try:
         inputs = _inputs(config, input_files(config))
@@ -113,30 +112,17 @@ def _require_same_inputs(
     _require_same(directory, found, artifacts.config_dict(config) | {"inputs": inputs})
 
 
-def _inputs(config: CorpusConfig, files: dict[str, list[Path]]) -> dict[str, str]:
-    """What the texts come from: each file's sha256, or the version of Python."""
-    if config.source == "python_docs":
-        inputs = {"python": platform.python_version()}
-    else:
-        inputs = {str(path): _sha256(path) for paths in files.values() for path in paths}
+def _inputs(config: CorpusConfig, files: Files) -> dict[str, str]:
+    """What texts and vocabulary come from: each file's sha256, the version of Python."""
+    inputs = fingerprints(config, files)
     if config.vocab_file:
-        inputs[config.vocab_file] = _sha256(Path(config.vocab_file).expanduser())
+        inputs[config.vocab_file] = file_sha256(Path(config.vocab_file).expanduser())
     return inputs
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): check the path and its permissions"
-        ) from error
 
 
 def _write_vocabulary(directory: Directory, work: _Work, given: Vocabulary | None) -> None:
     if given is None:
-        train = read_split(work.config, work.files, "train")
+        train = read_split(work.config, work.files, "train", work.facts)
         model = vocabulary_training.train(train, work.facts["train"].bytes, work.config.vocab_size)
         given = Vocabulary(model, "the trained vocabulary")
     directory.delete()
@@ -160,7 +146,7 @@ def _write_splits(directory: Directory, work: _Work, vocabulary: Vocabulary, spl
         model_file = Path(folder, MODEL_NAME)
         model_file.write_bytes(vocabulary.model)
         task = tasks.make_task(
-            lambda split: read_split(work.config, work.files, split),
+            lambda split: read_split(work.config, work.files, split, work.facts),
             model_file,
             vocabulary.bos,
             vocabulary.eos,
