@@ -1,4 +1,4 @@
-"""Text comes in (the Python documentation, JSON lines or plain files); a token stream goes out.
+"""Text comes in (files of many kinds, datasets, mixtures of them); a token stream goes out.
 
 `tokenize` splits the documents into train, validation and test, trains or takes over a
 SentencePiece vocabulary and writes WORKDIR/corpus; it alone needs seqio and TensorFlow.
