@@ -14,9 +14,11 @@ import gin
 from mlp_memory import pipeline
 from mlp_memory.artifacts import Directory, UserError, first_line
 from mlp_memory.config import Config
+from mlp_memory.corpus.config import PartConfig
 from mlp_memory.job import Job
 
 _SAVED = "config.gin"
+_PART = "part"
 _EPILOG = """\
 A recipe is a gin file; gin_configs/recipes has some. Any of its values can be set on the
 command line:
@@ -34,6 +36,8 @@ SECTIONS = {
     field.name: gin.external_configurable(field.default_factory, name=field.name, module="mlp_memory")
     for field in dataclasses.fields(Config)
 }
+# A mixture's parts: corpus.parts = {"books": @books/part()}, then books/part.source = "jsonl".
+gin.external_configurable(PartConfig, name=_PART, module="mlp_memory")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,10 +127,10 @@ def _explain(error: BaseException) -> str:
     """gin's message in one line, with the nearest known name."""
     text = " ".join(str(error).split())[:300]
     if found := re.search(r"[Nn]o configurable matching '([^']+)'", text):
-        name, known = found.group(1), list(SECTIONS)
+        name, known = found.group(1), [*SECTIONS, _PART]
     elif found := re.search(r"'([^']+)' doesn't have a parameter named '([^']+)'", text):
         section = found.group(1).rsplit(".", 1)[-1]
-        fields = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+        fields = {f.name: f.default_factory for f in dataclasses.fields(Config)} | {_PART: PartConfig}
         name = found.group(2)
         known = [f.name for f in dataclasses.fields(fields[section])] if section in fields else []
     else:

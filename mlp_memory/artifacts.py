@@ -198,7 +198,7 @@ def config_dict(config: Any) -> dict[str, Any]:
     values = {
         f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata.get("runtime")
     }
-    return json.loads(json.dumps(values))
+    return json.loads(json.dumps(values, default=config_dict))  # configs within it likewise
 
 
 def runtime(default: Any) -> Any:

@@ -160,6 +160,21 @@ class Job:
                 return {"pretrained": made.config.get("pretrained")}
         return {"pretrained": {"identity": self.source.identity, "dtype": config.dtype}}
 
+    @functools.cached_property
+    def tokenizer(self) -> dict[str, bytes] | None:
+        """The imported model's tokenizer, file by file; None where the corpus has one of its own.
+
+        Raises:
+          UserError: the model comes without one.
+        """
+        source, folder = self.config.pretrained.source, self.workdir / "decoder" / TOKENIZER
+        if not source or self.config.corpus.vocab_file:
+            return None
+        files = {name: folder.read(name) for name in folder.names()} or self.source.files
+        if not files:
+            raise UserError(f"{source} has no tokenizer beside it: give corpus.vocab_file")
+        return files
+
     def vocabulary(self) -> "Vocabulary":
         """The corpus vocabulary, or the imported decoder's where nothing was tokenized.
 

@@ -51,7 +51,7 @@ class Stage:
         if self.parts:
             from mlp_memory.corpus.tokenize import require_same_corpus
 
-            require_same_corpus(job.workdir / self.folder, job.config.corpus)
+            require_same_corpus(job.workdir / self.folder, job.config.corpus, job.tokenizer)
         names = [f"{self.folder}/{part}" for part in self.parts] or [self.folder]
         directories = [job.workdir / name for name in names]
         found = [artifacts.peek(directory) for directory in directories]
@@ -77,7 +77,7 @@ def _begin(
 def _tokenize(job: Job, directory: Directory) -> None:
     from mlp_memory.corpus.tokenize import tokenize
 
-    tokenize(directory, job.config.corpus)
+    tokenize(directory, job.config.corpus, job.tokenizer)
 
 
 def _pretrain(job: Job, directory: Directory) -> None:

@@ -1,4 +1,4 @@
-"""Text comes in (the Python documentation, JSON lines or plain files); a token stream goes out.
+"""Text comes in (files of many kinds, datasets, mixtures of them); a token stream goes out.
 
 `tokenize` splits the documents into train, validation and test, trains a SentencePiece
 vocabulary or takes over any tokenizer, and writes WORKDIR/corpus, units of documents in as

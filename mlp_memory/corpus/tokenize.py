@@ -7,10 +7,8 @@ too, and only the eos row has no next token.
 
 import dataclasses
 import hashlib
-import platform
 import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ from mlp_memory import artifacts
 from mlp_memory.artifacts import ArraySpec, ChunkWriter, Directory, Manifest, UserError
 from mlp_memory.corpus import units, vocabulary_files, vocabulary_training
 from mlp_memory.corpus.config import SPLITS, CorpusConfig
-from mlp_memory.corpus.documents import input_files
+from mlp_memory.corpus.documents import Files, file_sha256, fingerprints, input_files
 from mlp_memory.corpus.split import SplitFacts, read_split, scan
 from mlp_memory.corpus.stream import BOUNDS_NAME, KIND, TokenStream
 from mlp_memory.corpus.vocabulary import KIND as VOCABULARY_KIND
@@ -33,11 +31,13 @@ class _Work:
 
     config: CorpusConfig
     settings: dict[str, Any]
-    files: dict[str, list[Path]]
+    files: Files
     facts: dict[str, SplitFacts]
 
 
-def tokenize(directory: Directory, config: CorpusConfig) -> None:
+def tokenize(
+    directory: Directory, config: CorpusConfig, tokenizer: Mapping[str, bytes] | None = None
+) -> None:
     """Writes `vocabulary`, `train`, `validation` and `test` under `directory`, as far as they are missing.
 
     The bytes depend on the texts and the config alone, however often the work was
@@ -46,22 +46,26 @@ def tokenize(directory: Directory, config: CorpusConfig) -> None:
     Args:
       directory: WORKDIR/corpus.
       config: the texts, the splits and the vocabulary.
+      tokenizer: files of the one to take over where config.vocab_file names none; None
+        trains one.
 
     Raises:
       UserError: bad input, or `directory` holds a corpus of another config or other texts.
     """
     found = {name: artifacts.peek(directory / name) for name in ("vocabulary", *SPLITS)}
-    _require_same(directory, found, artifacts.config_dict(config))
+    _require_same(directory, found, _settings(config, tokenizer))
     missing = [name for name, manifest in found.items() if not _is_whole(directory / name, manifest)]
     if not missing:
-        _require_same_inputs(directory, found, config)
+        _require_same_inputs(directory, found, config, tokenizer)
         return
 
     files = input_files(config)
     given = None
     if config.vocab_file:
         given = Vocabulary.from_path(config.vocab_file, *_borders(config), config.lossless)
-    settings = artifacts.config_dict(config) | {"inputs": _inputs(config, files)}
+    elif tokenizer is not None:
+        given = Vocabulary(tokenizer, "the tokenizer of pretrained.source", "", *_borders(config))
+    settings = _settings(config, tokenizer) | {"inputs": _inputs(config, files)}
     _require_same(directory, found, settings)
     work = _Work(config, settings, files, scan(config, files))
     if "vocabulary" in missing:
@@ -72,11 +76,21 @@ def tokenize(directory: Directory, config: CorpusConfig) -> None:
             _write_split(directory, work, vocabulary, split)
 
 
-def require_same_corpus(directory: Directory, config: CorpusConfig) -> None:
+def require_same_corpus(
+    directory: Directory, config: CorpusConfig, tokenizer: Mapping[str, bytes] | None = None
+) -> None:
     """Raises `UserError` where what is there was made with another config or from other texts."""
     found = {name: artifacts.peek(directory / name) for name in ("vocabulary", *SPLITS)}
-    _require_same(directory, found, artifacts.config_dict(config))
-    _require_same_inputs(directory, found, config)
+    _require_same(directory, found, _settings(config, tokenizer))
+    _require_same_inputs(directory, found, config, tokenizer)
+
+
+def _settings(config: CorpusConfig, tokenizer: Mapping[str, bytes] | None) -> dict[str, Any]:
+    """What decides the corpus's bytes, beside the texts."""
+    settings = artifacts.config_dict(config)
+    if tokenizer is not None and not config.vocab_file:
+        settings["tokenizer"] = {name: artifacts.digest(data) for name, data in sorted(tokenizer.items())}
+    return settings
 
 
 def _is_whole(directory: Directory, manifest: Manifest | None) -> bool:
@@ -101,45 +115,35 @@ def _require_same(directory: Directory, found: dict[str, Manifest | None], setti
 
 
 def _require_same_inputs(
-    directory: Directory, found: dict[str, Manifest | None], config: CorpusConfig
+    directory: Directory,
+    found: dict[str, Manifest | None],
+    config: CorpusConfig,
+    tokenizer: Mapping[str, bytes] | None,
 ) -> None:
     """Raises `UserError` where the texts of a whole corpus have changed since.
 
     A whole corpus outlives its input: files may be gone, and Python may be another.
     """
-    if config.source == "python_docs":
+    if any(source.source == "python_docs" for source in config.sources.values()):
         return
     try:
         inputs = _inputs(config, input_files(config))
     except UserError:
         return
-    _require_same(directory, found, artifacts.config_dict(config) | {"inputs": inputs})
+    _require_same(directory, found, _settings(config, tokenizer) | {"inputs": inputs})
 
 
-def _inputs(config: CorpusConfig, files: dict[str, list[Path]]) -> dict[str, str]:
-    """What the texts come from: each file's sha256, or the version of Python."""
-    if config.source == "python_docs":
-        inputs = {"python": platform.python_version()}
-    else:
-        inputs = {str(path): _sha256(path) for paths in files.values() for path in paths}
+def _inputs(config: CorpusConfig, files: Files) -> dict[str, str]:
+    """What texts and vocabulary come from: each file's sha256, the version of Python."""
+    inputs = fingerprints(config, files)
     if config.vocab_file:
-        inputs |= {str(p): _sha256(p) for p in vocabulary_files.find(config.vocab_file).values()}
+        inputs |= {str(p): file_sha256(p) for p in vocabulary_files.find(config.vocab_file).values()}
     return inputs
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): check the path and its permissions"
-        ) from error
 
 
 def _write_vocabulary(directory: Directory, work: _Work, given: Vocabulary | None) -> None:
     if given is None:
-        train = read_split(work.config, work.files, "train")
+        train = read_split(work.config, work.files, "train", work.facts)
         model = vocabulary_training.train(train, work.facts["train"].bytes, work.config.vocab_size)
         given = Vocabulary({SENTENCEPIECE: model}, "the trained vocabulary", "", *_borders(work.config))
     directory.delete()
@@ -154,7 +158,7 @@ def _write_split(directory: Directory, work: _Work, vocabulary: Vocabulary, spli
     parents, facts = {"vocabulary": vocabulary.fingerprint}, work.facts[split]
     _clear(directory / split, parents)
     dtype = np.dtype("<u2" if vocabulary.size <= 1 << 16 else "<u4")
-    texts = read_split(work.config, work.files, split)
+    texts = read_split(work.config, work.files, split, work.facts)
     encoded = units.encode_split(
         directory / split, directory / "vocabulary", texts, facts.bytes, dtype, work.config.workers
     )

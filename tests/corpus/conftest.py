@@ -1,5 +1,6 @@
 """Random texts, written in every form the corpus reads."""
 
+import bz2
 import gzip
 import json
 import lzma
@@ -49,7 +50,7 @@ def make_text(rng) -> Callable[[int], str]:
 @pytest.fixture
 def write_jsonl() -> Callable[..., Path]:
     def write(path: Path, texts: list[str], field: str = "text") -> Path:
-        opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+        opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, open)
         with opener(path, "wt", encoding="utf-8") as file:
             for number, text in enumerate(texts):
                 file.write(json.dumps({"id": number, field: text}, ensure_ascii=number % 2 == 0) + "\n")

@@ -44,8 +44,20 @@ def test_every_recipe_dry_runs_by_the_command_in_its_header(path, mlp_memory, tm
     assert not (tmp_path / "w").exists()
 
 
-def test_every_other_gin_file_is_part_of_a_recipe():
+def test_every_other_gin_file_is_part_of_a_recipe_or_says_how_it_is_used():
     included = {
         include for path in RECIPES for include in re.findall(r"^include '([^']+)'", path.read_text(), re.M)
     }
-    assert {name(path) for path in FILES if path not in RECIPES} <= included
+    for path in set(FILES) - set(RECIPES):
+        header = path.read_text().split("\n\n")[0]
+        assert name(path) in included or f"--gin_file=gin_configs/{name(path)}" in header
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name == "corpora"], ids=name)
+def test_a_corpus_given_after_a_recipe_replaces_the_recipes_files(path, tmp_path):
+    recipe = next(recipe for recipe in RECIPES if recipe.stem == "enwiki_small_cpu")
+    alone, after = (
+        load_config([*map(str, files)], [], Directory(tmp_path)).corpus for files in ([path], [recipe, path])
+    )
+    for field in ("source", "parts", "train_files", "validation_files", "test_files"):
+        assert getattr(alone, field) == getattr(after, field)
