@@ -1,7 +1,7 @@
 """The seqio task that turns texts into token ids; the one module that imports TensorFlow."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -59,19 +59,19 @@ class SeqioVocabulary(seqio.Vocabulary):
         return tf.py_function(lambda ids_T: self._vocabulary.decode(ids_T.numpy()), [ids], tf.string)
 
 
-def make_task(vocabulary: Vocabulary, texts: Sequence[str]) -> seqio.Task:
+def make_task(vocabulary: Vocabulary, read: Callable[[], Iterable[str]]) -> seqio.Task:
     """A task with the feature "targets": int32 [tokens] of one document, bos and eos around.
 
     Args:
       vocabulary: what encodes.
-      texts: the documents, which keep their order.
+      read: the documents, which keep their order; called anew for each pass over the dataset.
     """
 
     def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         if shuffle_files:
             raise ValueError("the order of the rows is part of the corpus")
         return tf.data.Dataset.from_generator(
-            lambda: ({"targets": text} for text in texts),
+            lambda: ({"targets": text} for text in read()),
             output_signature={"targets": tf.TensorSpec((), tf.string)},
         )
 
@@ -90,18 +90,28 @@ def make_task(vocabulary: Vocabulary, texts: Sequence[str]) -> seqio.Task:
     )
 
 
-def encode(vocabulary: Vocabulary, texts: Sequence[str]) -> Iterator[np.ndarray]:
-    """Token ids, int32 [tokens], of each text, bos and eos around, in the order of the texts.
+class Encoder:
+    """Encodes lists of texts through one dataset: TensorFlow never frees one whole, 10 MB each."""
 
-    Raises:
-      UserError: a text cannot be encoded (memory, say).
-    """
-    # TensorFlow would otherwise take all memory of the accelerators that JAX needs.
-    if tf.config.get_visible_devices("GPU"):
-        tf.config.set_visible_devices([], "GPU")
-    try:
-        dataset = make_task(vocabulary, texts).get_dataset(sequence_length=None, split="unit", shuffle=False)
-        for example in dataset.as_numpy_iterator():
-            yield example["targets"]
-    except tf.errors.OpError as error:
-        raise UserError(f"a text cannot be encoded: {error.message.strip().splitlines()[0][:200]}") from error
+    def __init__(self, vocabulary: Vocabulary):
+        # TensorFlow would otherwise take all memory of the accelerators that JAX needs.
+        if tf.config.get_visible_devices("GPU"):
+            tf.config.set_visible_devices([], "GPU")
+        self._texts: Sequence[str] = ()
+        task = make_task(vocabulary, lambda: self._texts)
+        self._dataset = task.get_dataset(sequence_length=None, split="unit", shuffle=False)
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids, int32 [tokens], of each text, bos and eos around, in the order of the texts.
+
+        Raises:
+          UserError: a text cannot be encoded (memory, say).
+        """
+        self._texts = texts
+        try:
+            return [example["targets"] for example in self._dataset.as_numpy_iterator()]
+        except tf.errors.OpError as error:
+            reason = error.message.strip().splitlines()[0][:200]
+            raise UserError(f"a text cannot be encoded: {reason}") from error
+        finally:
+            self._texts = ()

@@ -18,6 +18,7 @@ import threading
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from mlp_memory import artifacts
 from mlp_memory.artifacts import Directory, UserError
 from mlp_memory.corpus.vocabulary import Vocabulary
 from mlp_memory.training.progress import Progress
+
+if TYPE_CHECKING:
+    from mlp_memory.corpus import tasks
 
 FOLDER = "units"
 # Text of one unit: a second or two of one core's work, which is what a kill can cost.
@@ -130,10 +134,8 @@ def encode_unit(store: str, vocabulary: str, fingerprint: str, dtype: str, unit:
     Raises:
       UserError: a text cannot be encoded, or the disk refuses.
     """
-    words = _vocabulary(vocabulary, fingerprint)
-    from mlp_memory.corpus import tasks  # TensorFlow takes seconds to import; bad input is found before
-
-    documents = [ids_T.astype(dtype) for ids_T in tasks.encode(words, unit.texts)]
+    words, encoder = _encoder(vocabulary, fingerprint)
+    documents = [ids_T.astype(dtype) for ids_T in encoder.encode(unit.texts)]
     lossy = sum(words.decode(ids_T) != text for ids_T, text in zip(documents, unit.texts, strict=True))
     lengths_D = np.array([len(ids_T) for ids_T in documents], np.int64)
     encoded = Encoded(unit.number, unit.key, unit.num_bytes, lengths_D, lossy)
@@ -144,8 +146,11 @@ def encode_unit(store: str, vocabulary: str, fingerprint: str, dtype: str, unit:
 
 
 @functools.lru_cache(maxsize=1)
-def _vocabulary(location: str, fingerprint: str) -> Vocabulary:
-    return Vocabulary.load(Directory(location))
+def _encoder(location: str, fingerprint: str) -> tuple[Vocabulary, "tasks.Encoder"]:
+    vocabulary = Vocabulary.load(Directory(location))
+    from mlp_memory.corpus import tasks  # TensorFlow takes seconds to import; bad input is found before
+
+    return vocabulary, tasks.Encoder(vocabulary)
 
 
 def _name(number: int) -> str:

@@ -62,13 +62,13 @@ def small_units(monkeypatch, rng):
 @pytest.fixture
 def encoded_units(monkeypatch) -> list[int]:
     """How many texts each call of the encoder was given."""
-    original, calls = tasks.encode, []
+    original, calls = tasks.Encoder.encode, []
 
-    def encode(vocabulary, texts):
+    def encode(self, texts):
         calls.append(len(texts))
-        return original(vocabulary, texts)
+        return original(self, texts)
 
-    monkeypatch.setattr(tasks, "encode", encode)
+    monkeypatch.setattr(tasks.Encoder, "encode", encode)
     return calls
 
 
