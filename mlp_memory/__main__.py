@@ -14,9 +14,11 @@ import gin
 from mlp_memory import pipeline
 from mlp_memory.artifacts import Directory, UserError, first_line
 from mlp_memory.config import Config
+from mlp_memory.corpus.config import PartConfig
 from mlp_memory.job import Job
 
 _SAVED = "config.gin"
+_PART = "part"
 _EPILOG = """\
 A recipe is a gin file; gin_configs/recipes has some. Any of its values can be set on the
 command line:
@@ -34,6 +36,8 @@ SECTIONS = {
     field.name: gin.external_configurable(field.default_factory, name=field.name, module="mlp_memory")
     for field in dataclasses.fields(Config)
 }
+# A mixture's parts: corpus.parts = {"books": @books/part()}, then books/part.source = "jsonl".
+gin.external_configurable(PartConfig, name=_PART, module="mlp_memory")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--dry_run", action="store_true", help="print the resolved config with every shape, and stop"
         )
+        if name == "import":
+            command.add_argument(
+                "--from",
+                dest="source",
+                metavar="DIR_OR_FILE",
+                help="Hugging Face folder, GGUF or llama2.c file (pretrained.source)",
+            )
         if name == "generate":
             command.add_argument("--prompt", required=True, help="text to continue")
             command.add_argument(
@@ -116,10 +127,10 @@ def _explain(error: BaseException) -> str:
     """gin's message in one line, with the nearest known name."""
     text = " ".join(str(error).split())[:300]
     if found := re.search(r"[Nn]o configurable matching '([^']+)'", text):
-        name, known = found.group(1), list(SECTIONS)
+        name, known = found.group(1), [*SECTIONS, _PART]
     elif found := re.search(r"'([^']+)' doesn't have a parameter named '([^']+)'", text):
         section = found.group(1).rsplit(".", 1)[-1]
-        fields = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+        fields = {f.name: f.default_factory for f in dataclasses.fields(Config)} | {_PART: PartConfig}
         name = found.group(2)
         known = [f.name for f in dataclasses.fields(fields[section])] if section in fields else []
     else:
@@ -160,7 +171,8 @@ def _work(job: Job, stage: pipeline.Stage) -> None:
     with exclusive(job.workdir):
         with timed(job.workdir, stage):
             stage.work(job, job.workdir / stage.folder)
-        job.workdir.write(_SAVED, gin.operative_config_str().encode())
+        if stage.folder != "memory" or stage.name != "import":  # that config's source is no decoder
+            job.workdir.write(_SAVED, gin.operative_config_str().encode())
 
 
 def _show_results(job: Job) -> None:
@@ -184,7 +196,9 @@ def _generate(args: argparse.Namespace, job: Job) -> None:
 
 def _dispatch(args: argparse.Namespace) -> None:
     workdir = Directory(args.workdir)
-    config = load_config(args.gin_file, args.gin, workdir)
+    source = getattr(args, "source", None)
+    bindings = [*args.gin, *([f"pretrained.source = {source!r}"] if source else [])]
+    config = load_config(args.gin_file, bindings, workdir)
     job = Job(workdir, config)
     if args.dry_run:
         from mlp_memory.dry_run import shapes_table
@@ -200,7 +214,7 @@ def _dispatch(args: argparse.Namespace) -> None:
     elif args.stage == "generate":
         _generate(args, job)
     else:
-        stage = pipeline.find_stage(args.stage)
+        stage = pipeline.import_stage(job) if args.stage == "import" else pipeline.find_stage(args.stage)
         if stage.is_done(job):
             print(f"{stage.name}: done before, in {job.workdir / stage.folder}", file=sys.stderr)
         else:

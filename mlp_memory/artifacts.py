@@ -198,7 +198,7 @@ def config_dict(config: Any) -> dict[str, Any]:
     values = {
         f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata.get("runtime")
     }
-    return json.loads(json.dumps(values))
+    return json.loads(json.dumps(values, default=config_dict))  # configs within it likewise
 
 
 def runtime(default: Any) -> Any:
@@ -282,7 +282,7 @@ def finish(directory: Directory, manifest: Manifest, **facts: Any) -> Manifest:
 
 def sweep(directory: Directory) -> None:
     """Removes what a finished artifact needed while it was made and a kill may have left."""
-    for name in ("chunks", "steps"):
+    for name in ("chunks", "steps", "units"):
         if not directory.is_local or (directory.path / name).is_dir():
             (directory / name).delete()
     if directory.is_local:

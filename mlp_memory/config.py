@@ -10,6 +10,7 @@ from mlp_memory.decoder.config import DecoderConfig, PretrainConfig
 from mlp_memory.evaluation.config import EvaluateConfig
 from mlp_memory.index.config import IndexConfig
 from mlp_memory.inference.config import GenerateConfig
+from mlp_memory.interchange.config import PretrainedConfig
 from mlp_memory.joint.config import JointConfig
 from mlp_memory.memory.config import DistillConfig, MemoryConfig
 from mlp_memory.parallel.config import MeshConfig
@@ -22,7 +23,8 @@ class BaselineConfig:
     memory together.
 
     Attributes:
-      enabled: False leaves the stage, and its row in the results, out.
+      enabled: False leaves the stage, and its row in the results, out. An imported decoder
+        has no such peer: what its training cost is not known.
       learning_rate: 0 takes pretraining's.
     """
 
@@ -36,6 +38,7 @@ class Config:
 
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    pretrained: PretrainedConfig = dataclasses.field(default_factory=PretrainedConfig)
     pretrain: PretrainConfig = dataclasses.field(default_factory=PretrainConfig)
     embed: EmbedConfig = dataclasses.field(default_factory=EmbedConfig)
     index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
@@ -49,7 +52,11 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
-        decoder = self.decoder
+        if not self.pretrained.source:  # an imported decoder's shape is known once it is opened
+            self.check_decoder(self.decoder)
+
+    def check_decoder(self, decoder: DecoderConfig) -> None:
+        """Raises `UserError` where a section asks for more than the decoder has."""
         self.embed.tap.index(decoder.layers)
         for name in ("pretrain", "embed", "joint"):
             context = getattr(self, name).context

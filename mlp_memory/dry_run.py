@@ -1,12 +1,13 @@
 """What a config would make, without making it: every parameter's shape and the counts."""
 
-import dataclasses
 import math
 
 import jax
 from flax import nnx
 
 from mlp_memory.config import Config
+from mlp_memory.corpus.config import CorpusConfig
+from mlp_memory.corpus.vocabulary import Vocabulary
 from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.memory.mlp import Memory
 
@@ -15,11 +16,10 @@ def shapes_table(config: Config) -> str:
     """Parameters of decoder and memory with shapes and logical axes, and the sizes of the trainings.
 
     Raises:
-      UserError: the mesh does not fit the devices.
+      UserError: the mesh does not fit the devices, or the decoder the vocabulary.
     """
-    vocab_size = config.decoder.vocab_size or config.corpus.vocab_size
-    decoder = dataclasses.replace(config.decoder, vocab_size=vocab_size)
-    memory = config.memory.resolved(decoder.dim, vocab_size)
+    decoder = config.decoder.with_vocabulary(_vocab_size(config.corpus))
+    memory = config.memory.resolved(decoder.dim, decoder.vocab_size)
     sizes = config.mesh.sizes(jax.device_count())
     lines = [f"# mesh slice, data, fsdp, tensor = {sizes} over {jax.device_count()} device(s)"]
     for name, make in (
@@ -46,3 +46,9 @@ def shapes_table(config: Config) -> str:
         f"teacher of k = {config.retrieve.k}, {config.retrieve.top_m} tokens a row"
     )
     return "\n".join(lines)
+
+
+def _vocab_size(config: CorpusConfig) -> int:
+    if config.vocab_file is None:
+        return config.vocab_size
+    return Vocabulary.from_path(config.vocab_file, config.bos, config.eos, config.lossless).size

@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import Directory, Manifest, config_dict
+from mlp_memory.artifacts import Directory, Manifest, UserError, config_dict
 from mlp_memory.config import Config
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.datastore.config import EmbedConfig
@@ -15,8 +16,10 @@ from mlp_memory.memory.config import MemoryConfig
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from mlp_memory.corpus.vocabulary import Vocabulary
     from mlp_memory.decoder.score import RowReader
     from mlp_memory.decoder.transformer import Decoder
+    from mlp_memory.interchange.source import Source
     from mlp_memory.memory.distill import ValidationRows
     from mlp_memory.memory.mlp import Memory
 
@@ -33,6 +36,14 @@ MADE_BY = {
     "export": "export",
 }
 """Folder under the workdir -> the stage that makes it."""
+
+TOKENIZER = "tokenizer"
+"""The folder of an imported decoder that holds its tokenizer's files."""
+
+
+def is_there(source: str) -> bool:
+    """Whether a pretrained model is still where it was; remote ones are taken to be."""
+    return "://" in source or Path(source).expanduser().exists()
 
 
 class Job:
@@ -61,7 +72,7 @@ class Job:
         """
         if name not in self._manifests:
             directory = self.workdir / name
-            found = artifacts.require(directory, MADE_BY[name.split("/")[0]])
+            found = artifacts.require(directory, self.made_by(name.split("/")[0]))
             # Inside corpus/ the vocabulary is known by its own name.
             paths = {
                 parent: "corpus/vocabulary" if parent == "vocabulary" else parent for parent in found.parents
@@ -72,6 +83,12 @@ class Job:
             artifacts.require_same(directory, found, Manifest(found.kind, found.config, now))
             self._manifests[name] = found
         return self._manifests[name]
+
+    def made_by(self, folder: str) -> str:
+        """The stage that makes a folder under this config."""
+        pretrained = self.config.pretrained
+        imported = folder == "decoder" and pretrained.source and not pretrained.finetune
+        return "import" if imported else MADE_BY[folder]
 
     @functools.cached_property
     def embed_config(self) -> EmbedConfig:
@@ -92,9 +109,84 @@ class Job:
         return {name: self.manifest(name).fingerprint for name in names}
 
     @functools.cached_property
+    def source(self) -> "Source":
+        """The model that `pretrained.source` names, checked from its headers.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        from mlp_memory.interchange.source import open_source
+
+        return open_source(self.config.pretrained.source)
+
+    @property
+    def source_is_memory(self) -> bool:
+        """Whether `pretrained.source` is a memory; what is gone is taken to have been a decoder."""
+        return is_there(self.config.pretrained.source) and self.source.kind == "memory"
+
+    @functools.cached_property
     def decoder_config(self) -> DecoderConfig:
-        """The decoder's shape over the corpus vocabulary."""
-        return self.config.decoder.with_vocabulary(self.manifest("corpus/train").facts["vocab_size"])
+        """The decoder's shape: the imported one's, or the config's over the corpus vocabulary.
+
+        Raises:
+          UserError: it does not hold the corpus vocabulary, or a section asks for more than it has.
+        """
+        vocab_size = self.manifest("corpus/train").facts["vocab_size"]
+        if not self.config.pretrained.source:
+            return self.config.decoder.with_vocabulary(vocab_size)
+        made = artifacts.peek(self.workdir / "decoder")
+        finished = made is not None and made.finished
+        shape = DecoderConfig(**made.facts["model"]) if finished else self.source.config
+        if shape.vocab_size < vocab_size:
+            raise UserError(
+                f"{self.config.pretrained.source} has {shape.vocab_size} token embeddings, the corpus "
+                f"vocabulary {vocab_size} tokens: tokenize with the model's own tokenizer (leave "
+                "corpus.vocab_file out)"
+            )
+        self.config.check_decoder(shape)
+        return shape
+
+    def pretrained_settings(self) -> dict[str, Any]:
+        """What of an imported model decides the decoder's bytes; {} where there is none.
+
+        A model that is gone once it has been imported is taken to be the one that was.
+        """
+        config = self.config.pretrained
+        if not config.source:
+            return {}
+        if not is_there(config.source):
+            made = artifacts.peek(self.workdir / "decoder")
+            if made is not None and made.finished:
+                return {"pretrained": made.config.get("pretrained")}
+        return {"pretrained": {"identity": self.source.identity, "dtype": config.dtype}}
+
+    @functools.cached_property
+    def tokenizer(self) -> dict[str, bytes] | None:
+        """The imported model's tokenizer, file by file; None where the corpus has one of its own.
+
+        Raises:
+          UserError: the model comes without one.
+        """
+        source, folder = self.config.pretrained.source, self.workdir / "decoder" / TOKENIZER
+        if not source or self.config.corpus.vocab_file:
+            return None
+        files = {name: folder.read(name) for name in folder.names()} or self.source.files
+        if not files:
+            raise UserError(f"{source} has no tokenizer beside it: give corpus.vocab_file")
+        return files
+
+    def vocabulary(self) -> "Vocabulary":
+        """The corpus vocabulary, or the imported decoder's where nothing was tokenized.
+
+        Raises:
+          UserError: there is neither.
+        """
+        from mlp_memory.corpus.vocabulary import Vocabulary
+
+        folder = self.workdir / "decoder" / TOKENIZER
+        if artifacts.peek(self.workdir / "corpus/vocabulary") is None and (names := folder.names()):
+            return Vocabulary({name: folder.read(name) for name in names}, f"{folder}")
+        return Vocabulary.load(self.workdir / "corpus/vocabulary")
 
     @functools.cached_property
     def memory_config(self) -> MemoryConfig:
@@ -117,7 +209,7 @@ class Job:
         from mlp_memory.decoder.pretrain import load_decoder
 
         folder = next(folder for folder, made_by in MADE_BY.items() if made_by == stage)
-        return load_decoder(self.workdir / folder, stage, self.mesh)
+        return load_decoder(self.workdir / folder, self.made_by(folder), self.mesh)
 
     def memory(self) -> "tuple[Memory, Manifest]":
         """The distilled memory."""

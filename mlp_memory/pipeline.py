@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import ArraySpec, Directory, Manifest, config_dict
+from mlp_memory.artifacts import ArraySpec, Directory, Manifest, UserError, config_dict
 from mlp_memory.config import Config, config_json
-from mlp_memory.job import Job
+from mlp_memory.job import TOKENIZER, Job
 
 if TYPE_CHECKING:
     from mlp_memory.evaluation.score import Systems
@@ -51,7 +51,7 @@ class Stage:
         if self.parts:
             from mlp_memory.corpus.tokenize import require_same_corpus
 
-            require_same_corpus(job.workdir / self.folder, job.config.corpus)
+            require_same_corpus(job.workdir / self.folder, job.config.corpus, job.tokenizer)
         names = [f"{self.folder}/{part}" for part in self.parts] or [self.folder]
         directories = [job.workdir / name for name in names]
         found = [artifacts.peek(directory) for directory in directories]
@@ -77,15 +77,40 @@ def _begin(
 def _tokenize(job: Job, directory: Directory) -> None:
     from mlp_memory.corpus.tokenize import tokenize
 
-    tokenize(directory, job.config.corpus)
+    tokenize(directory, job.config.corpus, job.tokenizer)
 
 
 def _pretrain(job: Job, directory: Directory) -> None:
     from mlp_memory.decoder.pretrain import pretrain
+    from mlp_memory.interchange.source import load
 
     manifest = _begin("pretrain", "decoder", job, directory)
     streams = (job.stream("train"), job.stream("validation"))
-    pretrain(directory, manifest, job.decoder_config, job.config.pretrain, *streams, job.mesh)
+    initial = load(job.source, job.mesh) if job.config.pretrained.finetune else None
+    pretrain(directory, manifest, job.decoder_config, job.config.pretrain, *streams, job.mesh, initial)
+
+
+def _import(job: Job, directory: Directory) -> None:
+    from mlp_memory.interchange.importing import import_model
+
+    if job.source.kind == "memory" and directory.location == (job.workdir / "decoder").location:
+        raise UserError(
+            f"pretrained.source: {job.source.where} is a memory, not a decoder: import it by `import --from`"
+        )
+    if job.source.kind == "decoder" and artifacts.peek(job.workdir / "corpus/train") is not None:
+        _ = job.decoder_config  # a vocabulary that does not fit is told before anything is read
+    manifest = _begin("import", job.source.kind, job, directory)
+    import_model(
+        directory, manifest, job.source, job.mesh, job.config.pretrained.dtype, directory / TOKENIZER
+    )
+
+
+def import_stage(job: Job) -> Stage:
+    """The import stage for the kind of model that `pretrained.source` is."""
+    stage = find_stage("import")
+    if not job.config.pretrained.source:
+        raise UserError("import: nothing to import, give --from=DIR_OR_FILE or pretrained.source")
+    return dataclasses.replace(stage, folder="memory") if job.source_is_memory else stage
 
 
 def _embed(job: Job, directory: Directory) -> None:
@@ -162,7 +187,7 @@ def _evaluate(job: Job, directory: Directory) -> None:
 
     manifest = _begin("evaluate", "report", job, directory)
     trained = {"pretrain": "decoder", "distill": "memory", "joint": "joint"}
-    if job.config.baseline.enabled:
+    if _wants_baseline(job.config):
         trained["baseline"] = "baseline"
     facts = {name: job.manifest(folder).facts for name, folder in trained.items()}
     corpora = {split: job.stream(split) for split in ("validation", "test", "train")}
@@ -196,7 +221,7 @@ def _systems(job: Job) -> "Systems":
         decoder=job.decoder()[0],
         base=job.row_reader(),
         joint=job.row_reader("joint"),
-        baseline=job.row_reader("baseline") if job.config.baseline.enabled else None,
+        baseline=job.row_reader("baseline") if _wants_baseline(job.config) else None,
         memory=job.memory()[0],
         keys=job.keys(),
         valid_N=train.has_next(0, len(train)),
@@ -211,7 +236,8 @@ def _systems(job: Job) -> "Systems":
 def _export(job: Job, directory: Directory) -> None:
     from mlp_memory.interchange.export import export
 
-    manifest = _begin("export", "export", job, directory)
+    manifest, vocabulary = _begin("export", "export", job, directory), job.vocabulary()
+    imported = job.workdir / "decoder" / TOKENIZER
     export(
         directory,
         manifest,
@@ -221,7 +247,8 @@ def _export(job: Job, directory: Directory) -> None:
             "joint": job.decoder("joint"),
         },
         tap=dataclasses.asdict(job.embed_config.tap),
-        vocabulary=job.workdir / "corpus/vocabulary",
+        tokenizer={**{name: imported.read(name) for name in imported.names()}, **vocabulary.files},
+        special={"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos},
     )
 
 
@@ -231,7 +258,11 @@ def find_stage(name: str) -> Stage:
 
 
 def _pretrain_settings(job: Job) -> dict[str, Any]:
-    return {"decoder": config_dict(job.decoder_config), "pretrain": config_dict(job.config.pretrain)}
+    return {
+        "decoder": config_dict(job.decoder_config),
+        "pretrain": config_dict(job.config.pretrain),
+        **job.pretrained_settings(),
+    }
 
 
 def _baseline_settings(job: Job) -> dict[str, Any]:
@@ -243,9 +274,13 @@ def _distill_settings(job: Job) -> dict[str, Any]:
     return {"memory": config_dict(job.memory_config), "distill": config_dict(job.config.distill)}
 
 
+def _wants_baseline(config: Config) -> bool:
+    return config.baseline.enabled and not config.pretrained.source
+
+
 def _evaluate_parents(config: Config) -> tuple[str, ...]:
     parents = ("corpus/validation", "corpus/test", "decoder", "index", "targets", "memory", "joint")
-    return (*parents, "baseline") if config.baseline.enabled else parents
+    return (*parents, "baseline") if _wants_baseline(config) else parents
 
 
 def _from(*names: str) -> Callable[[Config], tuple[str, ...]]:
@@ -263,12 +298,22 @@ STAGES: tuple[Stage, ...] = (
         parts=("vocabulary", "train", "validation", "test"),
     ),
     Stage(
+        "import",
+        "decoder",
+        "a pretrained decoder (or memory) from elsewhere",
+        lambda job: job.pretrained_settings(),
+        _from(),
+        _import,
+        wanted=lambda config: bool(config.pretrained.source) and not config.pretrained.finetune,
+    ),
+    Stage(
         "pretrain",
         "decoder",
         "train the decoder on the stream",
         _pretrain_settings,
         _from("corpus/train", "corpus/validation"),
         _pretrain,
+        wanted=lambda config: not config.pretrained.source or config.pretrained.finetune,
     ),
     Stage(
         "embed",
@@ -317,7 +362,7 @@ STAGES: tuple[Stage, ...] = (
         _baseline_settings,
         _from("corpus/train", "corpus/validation", "decoder", "memory"),
         _baseline,
-        wanted=lambda config: config.baseline.enabled,
+        wanted=_wants_baseline,
     ),
     Stage(
         "evaluate",
@@ -343,11 +388,10 @@ def continuations(job: Job, prompt: str, model: str) -> Iterator[tuple[str, Iter
 
     λ is the one the trainings found best on validation.
     """
-    from mlp_memory.corpus.vocabulary import Vocabulary
     from mlp_memory.inference.continuation import continuation
     from mlp_memory.inference.next_token import Predictor
 
-    config, vocabulary = job.config, Vocabulary.load(job.workdir / "corpus/vocabulary")
+    config, vocabulary = job.config, job.vocabulary()
     for name in ("base", "base_plus_memory") if model == "both" else (model,):
         decoder, made = job.decoder("joint" if name == "joint" else "pretrain")
         memory, weight = None, 0.0

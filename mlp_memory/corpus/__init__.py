@@ -1,7 +1,8 @@
-"""Text comes in (the Python documentation, JSON lines or plain files); a token stream goes out.
+"""Text comes in (files of many kinds, datasets, mixtures of them); a token stream goes out.
 
-`tokenize` splits the documents into train, validation and test, trains or takes over a
-SentencePiece vocabulary and writes WORKDIR/corpus; it alone needs seqio and TensorFlow.
+`tokenize` splits the documents into train, validation and test, trains a SentencePiece
+vocabulary or takes over any tokenizer, and writes WORKDIR/corpus, units of documents in as
+many processes as there are cores; it alone needs seqio and TensorFlow.
 Every later stage reads the result with `stream.TokenStream`, and `vocabulary.Vocabulary`
 turns tokens into text for `generate` and the report.
 """

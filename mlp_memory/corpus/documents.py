@@ -1,39 +1,106 @@
-"""Documents out of files: JSON lines and plain text, as they are or packed with gzip or xz."""
+"""Documents out of files of every kind, in a fixed order, a document or a few in memory at a time."""
 
+import bz2
 import glob
 import gzip
+import hashlib
 import json
 import lzma
 import os
+import platform
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from mlp_memory.artifacts import UserError, first_line
-from mlp_memory.corpus import python_docs
-from mlp_memory.corpus.config import SPLITS, CorpusConfig
+from mlp_memory.corpus import arrow, python_docs, tfds, wikitext
+from mlp_memory.corpus.config import SPLITS, CorpusConfig, SourceConfig
 
-_PACKED = {".gz": gzip.open, ".xz": lzma.open}
+_PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+Files = dict[str, list[Path | str]]
+"""Group -> its files, or its splits with "tfds". A group is "train", "validation" or "test",
+after "NAME/" for a mixture's part."""
 
 
-def input_files(config: CorpusConfig) -> dict[str, list[Path]]:
-    """The files of each group ("train", "validation", "test"), globs resolved and sorted.
+def input_files(config: CorpusConfig) -> Files:
+    """The files of each group, globs and folders resolved, in reading order.
 
     Raises:
       UserError: a path or glob matches no file, or one file is in two groups.
     """
-    files = {group: _matches(group, getattr(config, f"{group}_files")) for group in SPLITS}
+    files: Files = {}
+    for name, source in config.sources.items():
+        for group in SPLITS:
+            files[f"{name}/{group}" if name else group] = _source_files(source, group)
     owner: dict[str, str] = {}
-    for group, paths in files.items():
-        for path in paths:
-            before = owner.setdefault(os.path.realpath(path), group)
-            if before != group:
-                raise UserError(f"{path} is in {before}_files and in {group}_files: take it out of one")
+    for name, source in config.sources.items():
+        for group, paths in files_of_source(files, name).items():
+            label = f"{name}/{group}_files" if name else f"{group}_files"
+            for path in paths:
+                key = f"{source.tfds_name}:{path}" if source.source == "tfds" else os.path.realpath(path)
+                before = owner.setdefault(key, label)
+                if before != label:
+                    raise UserError(f"{path} is in {before} and in {label}: take it out of one")
     return files
 
 
-def _matches(group: str, patterns: tuple[str, ...]) -> list[Path]:
+def files_of_source(files: Files, name: str) -> Files:
+    """The files of one of `CorpusConfig.sources`, by group."""
+    return {group: files[f"{name}/{group}" if name else group] for group in SPLITS}
+
+
+def fingerprints(config: CorpusConfig, files: Files) -> dict[str, str]:
+    """What the texts come from: each file's sha256, and the version of Python where it is read.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    found = {}
+    for name, source in config.sources.items():
+        if source.source == "python_docs":
+            found["python"] = platform.python_version()
+        for paths in files_of_source(files, name).values():
+            for path in paths:
+                for file in tfds.split_files(source, path) if source.source == "tfds" else [path]:
+                    found[str(file)] = file_sha256(file)
+    return found
+
+
+def file_sha256(path: Path) -> str:
+    """16 hex digits.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): check the path and its permissions"
+        ) from error
+
+
+def _source_files(source: SourceConfig, group: str) -> list[Path | str]:
+    patterns = getattr(source, f"{group}_files")
+    if source.source == "tfds":
+        return list(dict.fromkeys(patterns))
+    if source.source != "hf_dataset":
+        return _matches(group, patterns, folders=False)
+    found = []
+    # A folder of several splits under train_files brings the others along.
+    for folder in _matches(group, patterns or source.train_files, folders=True):
+        if patterns or arrow.is_dataset_dict(folder):
+            files = arrow.dataset_files(folder, group)
+            if patterns and not files:
+                raise UserError(f"{group}_files: {folder} has no split {group!r}: give {folder}/SPLIT")
+            found += files
+    return found
+
+
+def _matches(group: str, patterns: tuple[str, ...], folders: bool) -> list[Path]:
     found: dict[str, Path] = {}
     for pattern in patterns:
         expanded = os.path.expanduser(pattern)
@@ -44,36 +111,69 @@ def _matches(group: str, patterns: tuple[str, ...]) -> list[Path]:
         if not names:
             raise UserError(f"{group}_files: no file matches {pattern!r}: check the path")
         for name in names:
-            if os.path.isdir(name):
+            if os.path.isdir(name) and not folders:
                 raise UserError(f"{group}_files: {name} is a folder: give its files, {name}/* say")
+            if folders and not os.path.isdir(name):
+                raise UserError(f"{group}_files: {name} is no folder: give one that save_to_disk wrote")
             found.setdefault(os.path.realpath(name), Path(name))
     return list(found.values())
 
 
-def read_group(config: CorpusConfig, files: dict[str, list[Path]], group: str) -> Iterator[str]:
+def read_group(source: SourceConfig, files: Files, group: str) -> Iterator[str]:
     """The text of every document of a group, in the order of its files; texts may be empty.
 
     Raises:
-      UserError: with the file and the line, where a file cannot be read or understood.
+      UserError: with the file and the line or row, where a file cannot be read or understood.
     """
-    if config.source == "python_docs":
+    if source.source == "python_docs":
         if group == "train":
             yield from python_docs.documents()
         return
     for path in files[group]:
-        yield from read_file(config, path)
+        yield from read_file(source, path)
 
 
-def read_file(config: CorpusConfig, path: Path) -> Iterator[str]:
+def read_file(source: SourceConfig, path: Path | str) -> Iterator[str]:
     """The text of every document of one file (see `read_group`)."""
-    if config.source == "text":
-        yield _decode(path, 1, b"".join(line for _, line in _lines(path)))
-        return
+    return _READERS[source.source](source, path)
+
+
+def _whole_file(source: SourceConfig, path: Path) -> Iterator[str]:
+    yield _decode(path, 1, b"".join(line for _, line in _lines(path)))
+
+
+def _json_lines(source: SourceConfig, path: Path) -> Iterator[str]:
     for number, line in _lines(path):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line.strip():
-            yield _field(path, number, _decode(path, number, line), config.text_field)
+            yield _field(path, number, _decode(path, number, line), source.text_field)
+
+
+def _wikitext(source: SourceConfig, path: Path) -> Iterator[str]:
+    yield from wikitext.articles(_decode(path, number, line) for number, line in _lines(path))
+
+
+def _parquet(source: SourceConfig, path: Path) -> Iterator[str]:
+    yield from _decode_rows(path, arrow.parquet_values(path, source.text_field))
+
+
+def _hf_dataset(source: SourceConfig, path: Path) -> Iterator[str]:
+    yield from _decode_rows(path, arrow.arrow_values(path, source.text_field))
+
+
+def _tfds(source: SourceConfig, split: str) -> Iterator[str]:
+    yield from _decode_rows(f"{source.tfds_name}, {split}", tfds.values(source, split))
+
+
+_READERS: dict[str, Callable[[SourceConfig, Path | str], Iterator[str]]] = {
+    "jsonl": _json_lines,
+    "text": _whole_file,
+    "parquet": _parquet,
+    "wikitext": _wikitext,
+    "hf_dataset": _hf_dataset,
+    "tfds": _tfds,
+}
 
 
 def _open(path: Path) -> BinaryIO:
@@ -106,6 +206,16 @@ def _decode(path: Path, first_line_number: int, data: bytes) -> str:
         raise UserError(
             f"{path}, line {number}: byte 0x{data[error.start]:02x} is not UTF-8: convert the file to UTF-8"
         ) from error
+
+
+def _decode_rows(where: Path | str, rows: Iterator[tuple[int, bytes]]) -> Iterator[str]:
+    for number, data in rows:
+        try:
+            yield data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{where}, row {number}: byte 0x{data[error.start]:02x} is not UTF-8: mend or delete the row"
+            ) from error
 
 
 def _field(path: Path, number: int, line: str, name: str) -> str:

@@ -45,7 +45,8 @@ class TokenStream:
       tokens: reader of uint16 or uint32 [N]; `tokens[a:b]` is a NumPy array.
       bounds_D1: int64 [D + 1]; document d has rows bounds_D1[d] to bounds_D1[d + 1] - 1.
       vocab_size: every token is below it.
-      words: of the text, separated by whitespace.
+      words: of the text; `word_count` says how they were counted, "whitespace" or "wikitext"
+        (see `split.count_words`).
       num_bytes: of the text in UTF-8.
     """
 
@@ -53,6 +54,7 @@ class TokenStream:
         self.manifest, self.tokens, self.bounds_D1 = manifest, tokens, bounds_D1
         self.vocab_size: int = manifest.facts["vocab_size"]
         self.words: int = manifest.facts["words"]
+        self.word_count: str = manifest.facts.get("word_count", "whitespace")
         self.num_bytes: int = manifest.facts["bytes"]
 
     @classmethod

@@ -1,104 +1,117 @@
 """The seqio task that turns texts into token ids; the one module that imports TensorFlow."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from mlp_memory.artifacts import UserError
-from mlp_memory.corpus.config import SPLITS
+from mlp_memory.corpus.vocabulary import Vocabulary
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its errors are raised; its notices only hide ours
 
 import seqio
 import tensorflow as tf
 
-# SentencePiece takes 45 bytes of memory a character and slows down on long texts, so longer
-# documents are encoded in parts, several at a time.
-SEGMENT_CHARACTERS = 1 << 16
+
+class SeqioVocabulary(seqio.Vocabulary):
+    """A `Vocabulary` as seqio knows one: every kind of tokenizer has the same ids here and outside.
+
+    seqio pads with id 0, which here may be a token like any other: rows are never padded.
+    """
+
+    def __init__(self, vocabulary: Vocabulary):
+        super().__init__(extra_ids=0)
+        self._vocabulary = vocabulary
+
+    @property
+    def bos_id(self) -> int:
+        return self._vocabulary.bos
+
+    @property
+    def eos_id(self) -> int:
+        return self._vocabulary.eos
+
+    @property
+    def unk_id(self) -> None:
+        """None: ids outside the vocabulary are errors."""
+        return None
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self._vocabulary.size
+
+    def _encode(self, s: str) -> list[int]:
+        return self._vocabulary.encode(s)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._vocabulary.decode(ids)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        def encode(text: tf.Tensor) -> np.ndarray:
+            return np.array(self._vocabulary.encode(text.numpy().decode()), np.int32)
+
+        ids_T = tf.py_function(encode, [s], tf.int32)
+        ids_T.set_shape([None])
+        return ids_T
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        return tf.py_function(lambda ids_T: self._vocabulary.decode(ids_T.numpy()), [ids], tf.string)
 
 
-def make_task(
-    read: Callable[[str], Iterable[str]], model_file: Path, bos: int, eos: int, cut_long: bool
-) -> seqio.Task:
-    """A task with the feature "targets": int32 [tokens] of one document, or of a part of it.
-
-    The first part of a document starts with bos, the last ends with eos, and "last" says
-    which that is. Parts keep the order of the text.
+def make_task(vocabulary: Vocabulary, read: Callable[[], Iterable[str]]) -> seqio.Task:
+    """A task with the feature "targets": int32 [tokens] of one document, bos and eos around.
 
     Args:
-      read: the texts of a split, none empty.
-      model_file: a SentencePiece model on this machine.
-      bos, eos: token ids.
-      cut_long: whether the vocabulary lets long documents be cut after newlines.
+      vocabulary: what encodes.
+      read: the documents, which keep their order; called anew for each pass over the dataset.
     """
 
     def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         if shuffle_files:
             raise ValueError("the order of the rows is part of the corpus")
-
-        def generate() -> Iterator[dict[str, object]]:
-            for text in read(split):
-                parts = cut(text, SEGMENT_CHARACTERS) if cut_long else [text]
-                for number, part in enumerate(parts):
-                    yield {"targets": part, "first": number == 0, "last": number == len(parts) - 1}
-
-        flag = tf.TensorSpec((), tf.bool)
         return tf.data.Dataset.from_generator(
-            generate,
-            output_signature={"targets": tf.TensorSpec((), tf.string), "first": flag, "last": flag},
+            lambda: ({"targets": text} for text in read()),
+            output_signature={"targets": tf.TensorSpec((), tf.string)},
         )
 
     @seqio.map_over_dataset
     def add_borders(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        ids = example["targets"]
-        opening = tf.fill([tf.cast(example["first"], tf.int32)], tf.constant(bos, ids.dtype))
-        closing = tf.fill([tf.cast(example["last"], tf.int32)], tf.constant(eos, ids.dtype))
-        return {"targets": tf.concat([opening, ids, closing], axis=0), "last": example["last"]}
+        return {"targets": tf.concat([[vocabulary.bos], example["targets"], [vocabulary.eos]], axis=0)}
 
     def tokenize(dataset: tf.data.Dataset, output_features: dict[str, seqio.Feature]) -> tf.data.Dataset:
         return seqio.preprocessors.tokenize(dataset, output_features, copy_pretokenized=False)
 
-    vocabulary = seqio.SentencePieceVocabulary(str(model_file))
     return seqio.Task(
         "corpus",
-        source=seqio.FunctionDataSource(dataset_fn, splits=SPLITS, caching_permitted=False),
+        source=seqio.FunctionDataSource(dataset_fn, splits=("unit",), caching_permitted=False),
         preprocessors=[tokenize, add_borders],
-        output_features={"targets": seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32)},
+        output_features={"targets": seqio.Feature(SeqioVocabulary(vocabulary), add_eos=True, dtype=tf.int32)},
     )
 
 
-def cut(text: str, characters: int) -> list[str]:
-    """Parts of a text that together are the text, each cut after a newline where it is long.
+class Encoder:
+    """Encodes lists of texts through one dataset: TensorFlow never frees one whole, 10 MB each."""
 
-    A part is longer than `characters` only up to the next newline.
-    """
-    parts, start = [], 0
-    while len(text) - start > characters:
-        end = text.find("\n", start + characters - 1) + 1
-        if not end or end == len(text):
-            break
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]]
+    def __init__(self, vocabulary: Vocabulary):
+        # TensorFlow would otherwise take all memory of the accelerators that JAX needs.
+        if tf.config.get_visible_devices("GPU"):
+            tf.config.set_visible_devices([], "GPU")
+        self._texts: Sequence[str] = ()
+        task = make_task(vocabulary, lambda: self._texts)
+        self._dataset = task.get_dataset(sequence_length=None, split="unit", shuffle=False)
 
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids, int32 [tokens], of each text, bos and eos around, in the order of the texts.
 
-def encode(task: seqio.Task, split: str) -> Iterator[tuple[np.ndarray, bool]]:
-    """Token ids (int32) in the order of the texts, and whether a document ends there.
-
-    Raises:
-      UserError: a text could not be read (the files changed since they were checked).
-    """
-    # TensorFlow would otherwise take all memory of the accelerators that JAX needs.
-    if tf.config.get_visible_devices("GPU"):
-        tf.config.set_visible_devices([], "GPU")
-    try:
-        dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False)
-        for example in dataset.as_numpy_iterator():
-            yield example["targets"], bool(example["last"])
-    except tf.errors.OpError as error:
-        raise UserError(
-            f"the {split} texts cannot be read any more ({error.message.strip().splitlines()[0][:200]}): "
-            "were the files changed? Run tokenize again"
-        ) from error
+        Raises:
+          UserError: a text cannot be encoded (memory, say).
+        """
+        self._texts = texts
+        try:
+            return [example["targets"] for example in self._dataset.as_numpy_iterator()]
+        except tf.errors.OpError as error:
+            reason = error.message.strip().splitlines()[0][:200]
+            raise UserError(f"a text cannot be encoded: {reason}") from error
+        finally:
+            self._texts = ()

@@ -7,24 +7,22 @@ too, and only the eos row has no next token.
 
 import dataclasses
 import hashlib
-import platform
-import tempfile
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, BinaryIO
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from mlp_memory import artifacts
 from mlp_memory.artifacts import ArraySpec, ChunkWriter, Directory, Manifest, UserError
-from mlp_memory.corpus import vocabulary_training
+from mlp_memory.corpus import units, vocabulary_files, vocabulary_training
 from mlp_memory.corpus.config import SPLITS, CorpusConfig
-from mlp_memory.corpus.documents import input_files
+from mlp_memory.corpus.documents import Files, file_sha256, fingerprints, input_files
 from mlp_memory.corpus.split import SplitFacts, read_split, scan
 from mlp_memory.corpus.stream import BOUNDS_NAME, KIND, TokenStream
 from mlp_memory.corpus.vocabulary import KIND as VOCABULARY_KIND
-from mlp_memory.corpus.vocabulary import MODEL_NAME, Vocabulary
-from mlp_memory.training.progress import Progress
+from mlp_memory.corpus.vocabulary import Vocabulary
+from mlp_memory.corpus.vocabulary_files import SENTENCEPIECE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +31,13 @@ class _Work:
 
     config: CorpusConfig
     settings: dict[str, Any]
-    files: dict[str, list[Path]]
+    files: Files
     facts: dict[str, SplitFacts]
 
 
-def tokenize(directory: Directory, config: CorpusConfig) -> None:
+def tokenize(
+    directory: Directory, config: CorpusConfig, tokenizer: Mapping[str, bytes] | None = None
+) -> None:
     """Writes `vocabulary`, `train`, `validation` and `test` under `directory`, as far as they are missing.
 
     The bytes depend on the texts and the config alone, however often the work was
@@ -46,34 +46,51 @@ def tokenize(directory: Directory, config: CorpusConfig) -> None:
     Args:
       directory: WORKDIR/corpus.
       config: the texts, the splits and the vocabulary.
+      tokenizer: files of the one to take over where config.vocab_file names none; None
+        trains one.
 
     Raises:
       UserError: bad input, or `directory` holds a corpus of another config or other texts.
     """
     found = {name: artifacts.peek(directory / name) for name in ("vocabulary", *SPLITS)}
-    _require_same(directory, found, artifacts.config_dict(config))
+    _require_same(directory, found, _settings(config, tokenizer))
     missing = [name for name, manifest in found.items() if not _is_whole(directory / name, manifest)]
     if not missing:
-        _require_same_inputs(directory, found, config)
+        _require_same_inputs(directory, found, config, tokenizer)
         return
 
     files = input_files(config)
-    given = Vocabulary.from_file(config.vocab_file) if config.vocab_file else None
-    settings = artifacts.config_dict(config) | {"inputs": _inputs(config, files)}
+    given = None
+    if config.vocab_file:
+        given = Vocabulary.from_path(config.vocab_file, *_borders(config), config.lossless)
+    elif tokenizer is not None:
+        given = Vocabulary(tokenizer, "the tokenizer of pretrained.source", "", *_borders(config))
+    settings = _settings(config, tokenizer) | {"inputs": _inputs(config, files)}
     _require_same(directory, found, settings)
     work = _Work(config, settings, files, scan(config, files))
     if "vocabulary" in missing:
         _write_vocabulary(directory / "vocabulary", work, given)
     vocabulary = Vocabulary.load(directory / "vocabulary")
-    if splits := [split for split in SPLITS if split in missing]:
-        _write_splits(directory, work, vocabulary, splits)
+    for split in SPLITS:
+        if split in missing:
+            _write_split(directory, work, vocabulary, split)
 
 
-def require_same_corpus(directory: Directory, config: CorpusConfig) -> None:
+def require_same_corpus(
+    directory: Directory, config: CorpusConfig, tokenizer: Mapping[str, bytes] | None = None
+) -> None:
     """Raises `UserError` where what is there was made with another config or from other texts."""
     found = {name: artifacts.peek(directory / name) for name in ("vocabulary", *SPLITS)}
-    _require_same(directory, found, artifacts.config_dict(config))
-    _require_same_inputs(directory, found, config)
+    _require_same(directory, found, _settings(config, tokenizer))
+    _require_same_inputs(directory, found, config, tokenizer)
+
+
+def _settings(config: CorpusConfig, tokenizer: Mapping[str, bytes] | None) -> dict[str, Any]:
+    """What decides the corpus's bytes, beside the texts."""
+    settings = artifacts.config_dict(config)
+    if tokenizer is not None and not config.vocab_file:
+        settings["tokenizer"] = {name: artifacts.digest(data) for name, data in sorted(tokenizer.items())}
+    return settings
 
 
 def _is_whole(directory: Directory, manifest: Manifest | None) -> bool:
@@ -98,105 +115,76 @@ def _require_same(directory: Directory, found: dict[str, Manifest | None], setti
 
 
 def _require_same_inputs(
-    directory: Directory, found: dict[str, Manifest | None], config: CorpusConfig
+    directory: Directory,
+    found: dict[str, Manifest | None],
+    config: CorpusConfig,
+    tokenizer: Mapping[str, bytes] | None,
 ) -> None:
     """Raises `UserError` where the texts of a whole corpus have changed since.
 
     A whole corpus outlives its input: files may be gone, and Python may be another.
     """
-    if config.source == "python_docs":
+    if any(source.source == "python_docs" for source in config.sources.values()):
         return
     try:
         inputs = _inputs(config, input_files(config))
     except UserError:
         return
-    _require_same(directory, found, artifacts.config_dict(config) | {"inputs": inputs})
+    _require_same(directory, found, _settings(config, tokenizer) | {"inputs": inputs})
 
 
-def _inputs(config: CorpusConfig, files: dict[str, list[Path]]) -> dict[str, str]:
-    """What the texts come from: each file's sha256, or the version of Python."""
-    if config.source == "python_docs":
-        inputs = {"python": platform.python_version()}
-    else:
-        inputs = {str(path): _sha256(path) for paths in files.values() for path in paths}
+def _inputs(config: CorpusConfig, files: Files) -> dict[str, str]:
+    """What texts and vocabulary come from: each file's sha256, the version of Python."""
+    inputs = fingerprints(config, files)
     if config.vocab_file:
-        inputs[config.vocab_file] = _sha256(Path(config.vocab_file).expanduser())
+        inputs |= {str(p): file_sha256(p) for p in vocabulary_files.find(config.vocab_file).values()}
     return inputs
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): check the path and its permissions"
-        ) from error
 
 
 def _write_vocabulary(directory: Directory, work: _Work, given: Vocabulary | None) -> None:
     if given is None:
-        train = read_split(work.config, work.files, "train")
+        train = read_split(work.config, work.files, "train", work.facts)
         model = vocabulary_training.train(train, work.facts["train"].bytes, work.config.vocab_size)
-        given = Vocabulary(model, "the trained vocabulary")
+        given = Vocabulary({SENTENCEPIECE: model}, "the trained vocabulary", "", *_borders(work.config))
     directory.delete()
-    manifest = artifacts.begin(directory, VOCABULARY_KIND, work.settings, {})
-    directory.write(MODEL_NAME, given.model)
-    artifacts.finish(
-        directory,
-        manifest,
-        model_sha256=hashlib.sha256(given.model).hexdigest(),
-        vocab_size=given.size,
-        bos=given.bos,
-        eos=given.eos,
-    )
+    given.save(directory, work.settings)
 
 
-def _write_splits(directory: Directory, work: _Work, vocabulary: Vocabulary, splits: list[str]) -> None:
-    from mlp_memory.corpus import tasks  # TensorFlow takes seconds to import; bad input is found before
+def _borders(config: CorpusConfig) -> tuple[str | None, str | None]:
+    return config.bos, config.eos
 
+
+def _write_split(directory: Directory, work: _Work, vocabulary: Vocabulary, split: str) -> None:
+    parents, facts = {"vocabulary": vocabulary.fingerprint}, work.facts[split]
+    _clear(directory / split, parents)
     dtype = np.dtype("<u2" if vocabulary.size <= 1 << 16 else "<u4")
-    with tempfile.TemporaryDirectory() as folder:
-        model_file = Path(folder, MODEL_NAME)
-        model_file.write_bytes(vocabulary.model)
-        task = tasks.make_task(
-            lambda split: read_split(work.config, work.files, split),
-            model_file,
-            vocabulary.bos,
-            vocabulary.eos,
-            cut_long=vocabulary.newline_stands_alone,
+    texts = read_split(work.config, work.files, split, work.facts)
+    encoded = units.encode_split(
+        directory / split, directory / "vocabulary", texts, facts.bytes, dtype, work.config.workers
+    )
+    lengths_D = np.concatenate([unit.lengths_D for unit in encoded]) if encoded else np.zeros(0, np.int64)
+    if len(lengths_D) != facts.documents:
+        raise UserError(
+            f"the {split} split had {facts.documents} documents when it was checked and has "
+            f"{len(lengths_D)} now: were the files changed? Run tokenize again"
         )
-        for split in splits:
-            documents = work.facts[split].documents
-            # A stream's length is known only at its end, so ids wait in a nameless file,
-            # which a kill leaves nothing of.
-            with tempfile.TemporaryFile(dir=folder) as spool:
-                with Progress(f"tokenize {split}", documents, "documents") as progress:
-                    bounds_D1 = _spool(spool, dtype, tasks.encode(task, split), progress)
-                if len(bounds_D1) - 1 != documents:
-                    raise UserError(
-                        f"the {split} split had {documents} documents when it was checked and has "
-                        f"{len(bounds_D1) - 1} now: were the files changed? Run tokenize again"
-                    )
-                _write_stream(directory / split, work, work.facts[split], vocabulary, bounds_D1, spool, dtype)
+    if lossy := sum(unit.lossy for unit in encoded):
+        print(
+            f"{split}: {lossy:,} of {facts.documents:,} documents cannot be told exactly from their tokens: "
+            "this tokenizer changes texts",
+            file=sys.stderr,
+        )
+    _write_stream(directory / split, work, facts, vocabulary, encoded, lengths_D, dtype)
 
 
-def _spool(
-    spool: BinaryIO, dtype: np.dtype, parts: Iterable[tuple[np.ndarray, bool]], progress: Progress
-) -> np.ndarray:
-    """Writes token ids one after the other; returns document bounds, int64 [documents + 1]."""
-    bounds, rows = [0], 0
-    for ids_T, is_last in parts:
-        try:
-            spool.write(ids_T.astype(dtype).tobytes())
-        except OSError as error:
-            folder = tempfile.gettempdir()
-            raise UserError(f"cannot write to {folder} ({error.strerror}): set TMPDIR to another") from error
-        rows += len(ids_T)
-        if is_last:
-            bounds.append(rows)
-            progress.advance(1)
-    return np.array(bounds, np.int64)
+def _clear(directory: Directory, parents: dict[str, str]) -> None:
+    """Removes all but what an earlier, unfinished run can give to this one."""
+    manifest = artifacts.peek(directory)
+    if manifest is None:
+        for name in ("tokens", "chunks"):
+            (directory / name).delete()
+    elif manifest.finished or manifest.parents != parents:
+        directory.delete()
 
 
 def _write_stream(
@@ -204,25 +192,39 @@ def _write_stream(
     work: _Work,
     facts: SplitFacts,
     vocabulary: Vocabulary,
-    bounds_D1: np.ndarray,
-    spool: BinaryIO,
+    encoded: list[units.Encoded],
+    lengths_D: np.ndarray,
     dtype: np.dtype,
 ) -> None:
-    rows = int(bounds_D1[-1])
-    bounds = bounds_D1.astype("<i8").tobytes()
-    directory.delete()
+    bounds_D1 = np.concatenate([[0], np.cumsum(lengths_D)])
+    rows, bounds = int(bounds_D1[-1]), bounds_D1.astype("<i8").tobytes()
     arrays = {"tokens": ArraySpec((rows,), dtype.name, work.config.chunk_rows)}
     parents = {"vocabulary": vocabulary.fingerprint}
     manifest = artifacts.begin(directory, KIND, work.settings, parents, arrays)
     directory.write(BOUNDS_NAME, bounds)
     writer = ChunkWriter(directory, manifest)
-    spool.seek(0)
-    for chunk in range(len(writer)):
-        start, stop = writer.rows(chunk)
-        writer.write(chunk, tokens=np.frombuffer(spool.read((stop - start) * dtype.itemsize), dtype))
+    pieces = (units.read_tokens(directory, unit) for unit in encoded)
+    for chunk, tokens_T in enumerate(_rechunk(pieces, writer.chunk_rows)):
+        writer.write(chunk, tokens=tokens_T)
     writer.finish(
         **dataclasses.asdict(facts),
+        lossy_documents=sum(unit.lossy for unit in encoded),
         tokens=rows,
         vocab_size=vocabulary.size,
         bounds_sha256=hashlib.sha256(bounds).hexdigest(),
     )
+
+
+def _rechunk(pieces: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+    """The same values in arrays of `rows` each, the last as long as it comes."""
+    kept, count = [], 0
+    for piece_T in pieces:
+        kept.append(piece_T)
+        count += len(piece_T)
+        if count >= rows:
+            joined_T = np.concatenate(kept)
+            whole = count - count % rows
+            yield from np.split(joined_T[:whole], whole // rows)
+            kept, count = [joined_T[whole:]], count - whole
+    if count:
+        yield np.concatenate(kept)

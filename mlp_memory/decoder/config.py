@@ -52,14 +52,24 @@ class DecoderConfig:
     Attributes:
       layers, dim, heads: depth, width of the residual stream, query heads.
       kv_heads: key/value heads; 0 for as many as query heads.
+      head_size: width of a head; 0 for dim / heads.
       ffn_dim: hidden width of the feed-forward; 0 for 4·dim (GELU) or 8/3·dim (SwiGLU),
         the latter rounded up to a multiple of 16.
       norm: "rmsnorm" or "layernorm".
       positions: "rotary" or "learned".
       activation: "swiglu" or "gelu".
-      bias: biases in the linear layers (GPT-2 has them).
+      bias: which linear layers have one: "none", "qkv" (Qwen2), "attention" (its output
+        too) or "all" (GPT-2).
+      qk_norm: RMSNorm over each head's query and key before rotation (Qwen3).
+      window: a position sees itself and the window − 1 before it (Mistral); 0 for all.
+      window_from: the first layer that `window` holds for.
       tied: the head is the token embedding, transposed.
       max_positions: longest context with learned positions.
+      rope_base: of the rotation's wavelengths.
+      rope_scaling: "none", "linear" (all wavelengths times rope_factor) or "llama3" (long
+        ones times rope_factor, those below rope_original / rope_high_factor as they are, and
+        a smooth passage between, from rope_original / rope_low_factor on).
+      rope_original: context the model was first trained on.
       vocab_size: 0 takes the corpus vocabulary's.
     """
 
@@ -67,36 +77,57 @@ class DecoderConfig:
     dim: int = 192
     heads: int = 6
     kv_heads: int = 0
+    head_size: int = 0
     ffn_dim: int = 0
     norm: str = "rmsnorm"
     positions: str = "rotary"
     activation: str = "swiglu"
-    bias: bool = False
+    bias: str = "none"
+    qk_norm: bool = False
+    window: int = 0
+    window_from: int = 0
     tied: bool = False
     max_positions: int = 1024
     rope_base: float = 10000.0
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_low_factor: float = 1.0
+    rope_high_factor: float = 4.0
+    rope_original: int = 8192
     norm_epsilon: float = 1e-5
     vocab_size: int = 0
 
     def __post_init__(self):
-        check_whole(self, dict.fromkeys(("layers", "dim", "heads", "max_positions"), 1))
-        check_whole(self, dict.fromkeys(("kv_heads", "ffn_dim", "vocab_size"), 0))
-        check_positive(self, "norm_epsilon", "rope_base")
+        check_whole(self, dict.fromkeys(("layers", "dim", "heads", "max_positions", "rope_original"), 1))
+        check_whole(
+            self,
+            dict.fromkeys(("kv_heads", "head_size", "ffn_dim", "vocab_size", "window", "window_from"), 0),
+        )
+        check_positive(
+            self, "norm_epsilon", "rope_base", "rope_factor", "rope_low_factor", "rope_high_factor"
+        )
         check_choice(
             self,
             {
                 "norm": ("rmsnorm", "layernorm"),
                 "positions": ("rotary", "learned"),
                 "activation": ("swiglu", "gelu"),
+                "bias": ("none", "qkv", "attention", "all"),
+                "rope_scaling": ("none", "linear", "llama3"),
             },
         )
         require(
-            self.dim % self.heads == 0,
-            f"decoder.dim = {self.dim} does not divide by heads = {self.heads}",
+            self.head_size or self.dim % self.heads == 0,
+            f"decoder.dim = {self.dim} does not divide by heads = {self.heads}: change one or give head_size",
         )
         require(
             self.heads % self.num_kv_heads == 0,
             f"decoder.heads = {self.heads} does not divide by kv_heads = {self.kv_heads}",
+        )
+        require(
+            self.rope_scaling != "llama3" or self.rope_low_factor < self.rope_high_factor,
+            f"decoder.rope_low_factor = {self.rope_low_factor} must be less than "
+            f"rope_high_factor = {self.rope_high_factor}",
         )
         require(
             self.positions != "rotary" or self.head_dim % 2 == 0,
@@ -109,7 +140,7 @@ class DecoderConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.heads
+        return self.head_size or self.dim // self.heads
 
     @property
     def hidden_dim(self) -> int:
@@ -138,7 +169,7 @@ class DecoderConfig:
     def train_flops(self, tokens: int, context: int) -> int:
         """FLOPs of training on `tokens` tokens: 6 per weight and token, and attention's
         two products over the whole context, forward and backward."""
-        attention = 2 * 2 * context * self.dim * self.layers
+        attention = 2 * 2 * context * self.heads * self.head_dim * self.layers
         return 3 * tokens * (2 * self.matmul_parameters() + attention)
 
 
@@ -182,16 +213,18 @@ def equal_parameters(base: DecoderConfig, parameters: int) -> DecoderConfig:
 
 def parameter_count(config: DecoderConfig) -> int:
     """Scalars in all parameters of that shape."""
-    per_linear = (lambda i, o: i * o + o) if config.bias else (lambda i, o: i * o)
     d, e = config.dim, config.head_dim
-    norm = 2 * d if config.norm == "layernorm" else d
-    attention = (
-        per_linear(d, config.heads * e)
-        + 2 * per_linear(d, config.num_kv_heads * e)
-        + per_linear(config.heads * e, d)
-    )
+    queries, kvs, hidden = config.heads * e, config.num_kv_heads * e, config.hidden_dim
     ups = 2 if config.activation == "swiglu" else 1
-    ffn = ups * per_linear(d, config.hidden_dim) + per_linear(config.hidden_dim, d)
+    attention = 2 * d * queries + 2 * d * kvs + (2 * e if config.qk_norm else 0)
+    biases = {
+        "none": 0,
+        "qkv": queries + 2 * kvs,
+        "attention": queries + 2 * kvs + d,
+        "all": queries + 2 * kvs + d + ups * hidden + d,
+    }[config.bias]
+    norm = 2 * d if config.norm == "layernorm" else d
+    layer = attention + (ups + 1) * d * hidden + biases + 2 * norm
     ends = config.vocab_size * d * (1 if config.tied else 2) + norm
     positions = config.max_positions * d if config.positions == "learned" else 0
-    return config.layers * (attention + ffn + 2 * norm) + ends + positions
+    return config.layers * layer + ends + positions

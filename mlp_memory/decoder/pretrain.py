@@ -37,6 +37,7 @@ def pretrain(
     train_stream: TokenStream,
     validation_stream: TokenStream,
     mesh: Mesh,
+    initial: Decoder | None = None,
 ) -> Manifest:
     """Trains a decoder on a stream and publishes it as `directory`.
 
@@ -47,6 +48,7 @@ def pretrain(
       config: how to train.
       train_stream, validation_stream: corpora of one vocabulary.
       mesh: devices.
+      initial: what training starts from; None for fresh parameters.
 
     Raises:
       UserError: the loss is not finite.
@@ -70,6 +72,7 @@ def pretrain(
         evaluate=evaluate,
         unit="tokens",
         unit_per_step=config.batch_size * config.context,
+        initial=None if initial is None else nnx.to_pure_dict(nnx.state(initial)),
     )
     tokens = config.steps * config.batch_size * config.context
     return train(

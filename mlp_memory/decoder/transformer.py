@@ -8,16 +8,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mlp_memory.decoder.config import DecoderConfig, Tap
 from mlp_memory.decoder.layers import FeedForward, Linear, Norm, parameter, scan_blocks, stack
 
 
-def rotate(x_BxTxHxE: jax.Array, base: float) -> jax.Array:
+def rotary_frequencies(config: DecoderConfig) -> np.ndarray:
+    """Radians per position of each pair of a head's coordinates, [E / 2] float32."""
+    half = config.head_dim // 2
+    frequency = config.rope_base ** -(np.arange(half) / half)
+    if config.rope_scaling == "linear":
+        frequency = frequency / config.rope_factor
+    elif config.rope_scaling == "llama3":
+        turns = config.rope_original * frequency / (2 * np.pi)
+        low, high = config.rope_low_factor, config.rope_high_factor
+        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequency = kept * frequency + (1 - kept) * frequency / config.rope_factor
+    return frequency.astype(np.float32)
+
+
+def rotate(x_BxTxHxE: jax.Array, frequency: np.ndarray) -> jax.Array:
     """Rotary position embedding, first half paired with second half (as in GPT-NeoX, Llama)."""
-    half = x_BxTxHxE.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = jnp.arange(x_BxTxHxE.shape[1], dtype=jnp.float32)[:, None, None] * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x_BxTxHxE.astype(jnp.float32), 2, axis=-1)
@@ -32,20 +45,30 @@ class Attention(nnx.Module):
         self.config = config
         d, e = config.dim, config.head_dim
         queries, kvs = (d, config.heads * e), (d, config.num_kv_heads * e)
-        self.query = Linear(queries, ("embed", "heads"), config.bias, rngs)
-        self.key = Linear(kvs, ("embed", "kv_heads"), config.bias, rngs)
-        self.value = Linear(kvs, ("embed", "kv_heads"), config.bias, rngs)
+        qkv_bias = config.bias != "none"
+        self.query = Linear(queries, ("embed", "heads"), qkv_bias, rngs)
+        self.key = Linear(kvs, ("embed", "kv_heads"), qkv_bias, rngs)
+        self.value = Linear(kvs, ("embed", "kv_heads"), qkv_bias, rngs)
         self.out = Linear(
-            queries[::-1], ("heads", "embed"), config.bias, rngs, scale=(2 * config.layers) ** -0.5
+            queries[::-1],
+            ("heads", "embed"),
+            config.bias in ("attention", "all"),
+            rngs,
+            scale=(2 * config.layers) ** -0.5,
         )
+        norms = [Norm("rmsnorm", e, config.norm_epsilon, rngs) for _ in range(2)] if config.qk_norm else None
+        self.query_norm, self.key_norm = norms or (None, None)
 
     def __call__(self, x_BxTxD: jax.Array, mask_BxTxT: jax.Array) -> jax.Array:
         c, (batch, length) = self.config, x_BxTxD.shape[:2]
         q = self.query(x_BxTxD).reshape(batch, length, c.heads, c.head_dim)
         k = self.key(x_BxTxD).reshape(batch, length, c.num_kv_heads, c.head_dim)
         v = self.value(x_BxTxD).reshape(batch, length, c.num_kv_heads, c.head_dim)
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         if c.positions == "rotary":
-            q, k = rotate(q, c.rope_base), rotate(k, c.rope_base)
+            frequency = rotary_frequencies(c)
+            q, k = rotate(q, frequency), rotate(k, frequency)
         y = jax.nn.dot_product_attention(q, k, v, mask=mask_BxTxT[:, None])
         return self.out(y.reshape(batch, length, c.heads * c.head_dim))
 
@@ -61,7 +84,7 @@ class Block(nnx.Module):
             config.dim,
             config.hidden_dim,
             config.activation,
-            config.bias,
+            config.bias == "all",
             rngs,
             out_scale=(2 * config.layers) ** -0.5,
         )
@@ -104,7 +127,7 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Final hidden states (normed; times `head_kernel` they are logits) and the tap.
 
-        Position t sees positions ..t of its own segment only.
+        Position t sees positions ..t of its own segment only, and within `config.window`.
 
         Args:
           tokens_BxT: integer ids.
@@ -118,8 +141,10 @@ class Decoder(nnx.Module):
         """
         tap = tap or Tap()
         tap_index = tap.index(self.config.layers)
-        length = tokens_BxT.shape[1]
+        c, length = self.config, tokens_BxT.shape[1]
         mask_BxTxT = jnp.tril(jnp.ones((1, length, length), bool))
+        near_TxT = jnp.triu(jnp.ones((length, length), bool), 1 - c.window)
+        windowed = 0 < c.window < length
         if segments_BxT is not None:
             mask_BxTxT = mask_BxTxT & (segments_BxT[:, :, None] == segments_BxT[:, None, :])
         x_BxTxD = self.embedding[...].astype(dtype)[tokens_BxT]
@@ -130,7 +155,8 @@ class Decoder(nnx.Module):
             block: Block, carry: tuple[jax.Array, jax.Array], layer: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
             x, tapped = carry
-            x, ffn_input = block(x, mask_BxTxT)
+            seen_BxTxT = mask_BxTxT & (near_TxT | (layer < c.window_from)) if windowed else mask_BxTxT
+            x, ffn_input = block(x, seen_BxTxT)
             found = ffn_input if tap.kind == "ffn_input" else x
             return x, jnp.where(layer == tap_index, found, tapped)
 

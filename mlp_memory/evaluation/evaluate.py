@@ -33,7 +33,7 @@ def summarize(
     Args:
       splits: per split the arrays of `score.score_split`, nats, one row per scored token.
       documents: per split the document of each scored token.
-      words: per split the words that the scored tokens spell, for per-word perplexity.
+      words: per split the words that the scored tokens spell (`stage.words_of`).
       temperatures: τ of the columns of the kNN-LM arrays.
       k: neighbours of kNN-LM.
       bootstrap: resamples of the intervals.

@@ -11,7 +11,7 @@ from mlp_memory.artifacts import Directory, Manifest
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.corpus.vocabulary import Vocabulary
 from mlp_memory.datastore.config import EmbedConfig
-from mlp_memory.decoder.windows import Ranges, read, spread
+from mlp_memory.decoder.windows import read, spread
 from mlp_memory.evaluation.config import EvaluateConfig
 from mlp_memory.evaluation.evaluate import summarize
 from mlp_memory.evaluation.report import write_report
@@ -26,7 +26,7 @@ class Inputs:
     Attributes:
       config: what to evaluate.
       streams: "validation" and "test".
-      vocabulary: names tokens and counts words.
+      vocabulary: names tokens.
       systems: loads every model; called only if rows are still to be scored or sampled.
       embed: how rows are read.
       targets, index: facts of these artifacts.
@@ -73,10 +73,10 @@ def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[s
             manifest.parents,
         )
         documents[split] = read(stream.document_ids, ranges)[read(stream.has_next, ranges)]
-        words[split] = (
-            stream.words if rows == len(stream) else _count_words(stream, ranges, inputs.vocabulary)
-        )
+        words[split] = words_of(stream, len(documents[split]))
     results = summarize(scored, documents, words, grid, inputs.targets["k"], config.bootstrap)
+    for split, stream in inputs.streams.items():
+        results[split]["word_count"] = stream.word_count
     trained = inputs.trained
     names = {"base": "pretrain", "memory": "distill", "joint": "joint", "decoder_equal_params": "baseline"}
     results |= {
@@ -84,7 +84,9 @@ def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[s
         "parameters": {
             n: trained[s]["parameters"] for n, s in names.items() if n != "joint" and s in trained
         },
-        "training_flops": {n: trained[s]["train_flops"] for n, s in names.items() if s in trained},
+        "training_flops": {
+            n: trained[s]["train_flops"] for n, s in names.items() if "train_flops" in trained.get(s, {})
+        },
         "recall": {"k": inputs.index["recall_k"], "value": inputs.index["recall"]},
         "teacher": {name: value for name, value in inputs.targets.items() if name != "temperature_choice"},
         "samples": _samples(inputs, results),
@@ -97,10 +99,14 @@ def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[s
     return results
 
 
-def _count_words(stream: TokenStream, ranges: Ranges, vocabulary: Vocabulary) -> int:
-    """Words in stretches of a split; one that a stretch cuts counts in each part."""
-    texts = (vocabulary.decode(stream.tokens[a:b].astype(int).tolist()) for a, b in ranges)
-    return max(1, sum(len(text.split()) for text in texts))
+def words_of(stream: TokenStream, scored_rows: int) -> int:
+    """Words that so many scored rows of a split spell, at the split's words per scored row.
+
+    All scored rows together predict every token of every text and the end of every
+    document, so the whole split has exactly its own words, and a part its share of them:
+    per-word perplexity is per-token perplexity to the power of tokens per word.
+    """
+    return max(1, round(stream.words * scored_rows / max(stream.num_scored, 1)))
 
 
 def _samples(inputs: Inputs, results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -126,7 +126,7 @@ def markdown_table(results: Mapping[str, Any], split: str = "test") -> str:
 
 
 def table_notes(results: Mapping[str, Any], split: str = "test") -> list[str]:
-    """What the table's numbers rest on, a sentence each: tokens, intervals, k, τ, recall, gain."""
+    """What the table's numbers rest on, a sentence each: tokens, words, intervals, k, τ, recall, gain."""
     figures = split_figures(results, split)
     details = [d for d in figures.get("details", {}).values() if d]
     notes = []
@@ -134,6 +134,10 @@ def table_notes(results: Mapping[str, Any], split: str = "test") -> list[str]:
     if tokens:
         counted = " or ".join(f"{count:,}" for count in tokens)
         notes.append(f"{counted} scored tokens, {split} split; λ and τ chosen on validation.")
+    words = sorted({d["words"] for d in details if d.get("words")})
+    if words and figures.get("word_count"):
+        counted = " or ".join(f"{count:,}" for count in words)
+        notes.append(f"Per word: {counted} words, counted as {figures['word_count']}.")
     methods = sorted({d["interval_method"] for d in details if d.get("interval_method")})
     if methods:
         notes.append(f"Interval: {'; '.join(methods)}.")

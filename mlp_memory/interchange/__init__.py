@@ -1,9 +1,6 @@
-"""Models as files that others can read: arrays and a config in, a folder of safetensors out, and back.
+"""Models as files that others have or can read, in and out.
 
-It knows names, shapes and dtypes of tensors and no model class; the export stage hands it
-a model's arrays and takes them back for the check. It is the only importer of safetensors.
+`source.open_source` recognises a Hugging Face folder, a GGUF or a llama2.c file, checks it
+from its headers and reads it onto the mesh; the import stage publishes it as decoder or
+memory. The export stage writes folders that `transformers` and the reference release load.
 """
-
-from mlp_memory.interchange.model_folder import load_model, save_model
-
-__all__ = ["load_model", "save_model"]

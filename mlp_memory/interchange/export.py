@@ -1,4 +1,4 @@
-"""The export stage: every model as a safetensors folder, read back before it counts."""
+"""The export stage: every model as a folder that others load, read back before it counts."""
 
 from typing import Any
 
@@ -8,12 +8,11 @@ from flax import nnx
 
 from mlp_memory import artifacts
 from mlp_memory.artifacts import Directory, Manifest, UserError
-from mlp_memory.decoder.config import DecoderConfig
-from mlp_memory.decoder.transformer import Decoder
-from mlp_memory.interchange.model_folder import load_model, save_model
-from mlp_memory.memory.mlp import Memory, MemoryConfig
-
-_TOKENIZER = "tokenizer.model"
+from mlp_memory.interchange import families
+from mlp_memory.interchange.layout import Layout, Path
+from mlp_memory.interchange.model_folder import save_model
+from mlp_memory.interchange.source import open_source
+from mlp_memory.memory.mlp import Memory
 
 
 def export(
@@ -21,74 +20,78 @@ def export(
     manifest: Manifest,
     models: dict[str, tuple[nnx.Module, Manifest]],
     tap: dict[str, Any],
-    vocabulary: Directory,
+    tokenizer: dict[str, bytes],
+    special: dict[str, int],
 ) -> None:
     """Writes `directory`/NAME for each model and reads it back.
+
+    Decoders go out in the layout of their family (`families.family_of`), which
+    `transformers` loads; memories in that of the reference release.
 
     Args:
       directory: where the folders go.
       manifest: of the artifact, begun.
       models: name -> model and its manifest.
-      tap: the memory's input, for its config.
-      vocabulary: whose tokenizer goes beside each model.
+      tap: the memory's input.
+      tokenizer: files that go beside each model.
+      special: ids of special tokens for config.json, such as `bos_token_id`.
 
     Raises:
       UserError: the disk refuses, or what was read back differs.
     """
-    tokenizer = vocabulary.read(_TOKENIZER) or b""
     for name, (model, made) in models.items():
-        config = {
-            "model_type": "memory" if isinstance(model, Memory) else "decoder",
-            "model": made.facts["model"],
-            "fingerprint": made.fingerprint,
-        }
+        facts = {"fingerprint": made.fingerprint, "model": made.facts["model"]}
         if isinstance(model, Memory):
-            config |= {"tap": tap, "lambda": made.facts["validation"]["validation_lambda"]}
-        elif "interpolation" in made.facts:
-            config["lambda"] = made.facts["validation"]["validation_lambda"]
-        tensors = tensors_of(model)
-        save_model(directory / name, config, tensors, {_TOKENIZER: tokenizer})
-        found = tensors_of(load_exported(directory / name)[0])
-        if any(not np.array_equal(found[n], t) for n, t in tensors.items()):
-            raise UserError(
-                f"{directory / name} does not read back as written: check the disk and export again"
-            )
+            facts |= {"kind": "memory", "tap": made.facts.get("tap", tap)}
+        else:
+            facts |= {"kind": "decoder"}
+        if isinstance(model, Memory) or "interpolation" in made.facts:
+            facts["lambda"] = made.facts["validation"]["validation_lambda"]
+        export_model(directory / name, model, facts, tokenizer, special, made.facts.get("original"))
     artifacts.finish(directory, manifest)
 
 
-def tensors_of(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Parameters by dotted path, in the model's dtype; stacked layers have a leading axis."""
-    return {
-        ".".join(map(str, path)): np.asarray(variable.get_value())
-        for path, variable in nnx.to_flat_state(nnx.state(model))
-    }
+def export_model(
+    directory: Directory,
+    model: nnx.Module,
+    facts: dict[str, Any],
+    tokenizer: dict[str, bytes],
+    special: dict[str, int],
+    original: dict[str, Any] | None = None,
+) -> None:
+    """Writes one model as a folder and compares what reads back, byte for byte.
 
-
-def load_exported(directory: Directory) -> tuple[nnx.Module, dict[str, Any]]:
-    """A model that `export` wrote, and its config.
+    Args:
+      directory: the folder.
+      model: a decoder or a memory.
+      facts: what goes into `mlp_memory.json`.
+      tokenizer, special: see `export`.
+      original: the config.json it was imported with, which goes out again.
 
     Raises:
-      UserError: the folder is damaged, or its tensors do not fit its config.
+      UserError: the disk refuses, or what was read back differs.
     """
-    config, tensors = load_model(directory)
-    try:
-        if config["model_type"] == "memory":
-            shape = MemoryConfig(**config["model"])
-            abstract = nnx.eval_shape(lambda: Memory(shape, nnx.Rngs(0)))
-        else:
-            shape = DecoderConfig(**config["model"])
-            abstract = nnx.eval_shape(lambda: Decoder(shape, nnx.Rngs(0)))
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{directory}/config.json does not describe a model: {artifacts.first_line(error)}"
-        ) from error
-    graphdef, state = nnx.split(abstract)
-    wanted = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
-    for name in sorted({*wanted, *tensors}):
-        shape = wanted[name].get_value().shape if name in wanted else None
-        found = tensors[name].shape if name in tensors else None
-        if shape != found:
-            raise UserError(f"{directory}: tensor {name} is {found}, its config says {shape}")
-    for name, variable in wanted.items():
-        variable.set_value(jax.numpy.asarray(tensors[name]))
-    return nnx.merge(graphdef, state), config
+    params: dict[Path, jax.Array] = {
+        tuple(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
+    dtype = params["norm", "scale"].dtype.name
+    if isinstance(model, Memory):
+        kind, family = "memory", model.config.style
+        config = families.write_memory_config(model.config, dtype)
+    else:
+        kind, family = "decoder", families.family_of(model.config)
+        config = {**families.write_config(model.config, dtype), **special}
+        if original and "architectures" in original:
+            config = {**original, **{key: dtype for key in ("dtype", "torch_dtype") if key in original}}
+    layout = Layout(kind, family, {path: value.shape for path, value in params.items()})
+
+    def parameter(path: Path, layer: int | None) -> np.ndarray:
+        return np.asarray(params[path] if layer is None else params[path][layer])
+
+    tensors = {name: lambda name=name: layout.scatter(name, parameter) for name in layout.tensors}
+    save_model(directory, config, tensors, tokenizer, facts=facts)
+    found = open_source(directory.location)
+    for path, value in params.items():
+        read = found.layout.gather(path, found.read, value.dtype)
+        if read.tobytes() != np.asarray(value).tobytes():
+            raise UserError(f"{directory} does not read back as written: check the disk and export again")

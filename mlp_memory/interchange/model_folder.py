@@ -1,16 +1,18 @@
 """A model as a folder: `config.json`, safetensors in the Hugging Face layout, extra files.
 
-`config.json` lists every tensor with its shape, dtype and checksum, and is written last:
-a folder that has one is whole, and what `load_model` returns is what was saved.
+What `save_model` wrote also has `mlp_memory.json`, which lists every tensor with its shape,
+dtype and checksum; `config.json` comes last: a folder that has one is whole. Folders from
+elsewhere have no such list and are read as they are.
 """
 
+import contextlib
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -19,9 +21,10 @@ import safetensors.numpy
 from mlp_memory.artifacts import Directory, UserError, canonical_json, digest, first_line
 
 MAX_SHARD_BYTES = 5_000_000_000
+FACTS = "mlp_memory.json"
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # Loaders elsewhere (transformers) refuse a file that does not name a framework they know.
 # A second key must not join it: the library writes several in an order that changes.
 _METADATA = {"format": "pt"}
@@ -42,12 +45,30 @@ _DTYPES = {
 }
 
 
+CONVERT = (
+    'convert it first, where you trust it: python -c "import sys, torch, safetensors.torch as s; '
+    "s.save_file(torch.load(sys.argv[1], weights_only=True), 'model.safetensors')\" FILE"
+)
+"""How a pickle becomes a file that is read here."""
+
+
+LazyArray = np.ndarray | Callable[[], np.ndarray]
+
+
+class TensorSpec(NamedTuple):
+    """A tensor's shape and dtype name."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
 def save_model(
     directory: Directory,
     config: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, LazyArray],
     files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model; equal arguments give equal bytes.
 
@@ -56,93 +77,65 @@ def save_model(
 
     Args:
       directory: where to; local folders are prepared beside it and moved into place.
-      config: plain JSON; the key `tensors` is added and must not be there.
+      config: plain JSON, for `config.json`.
       tensors: arrays by name, of any shape; floats of 16 (bfloat16 too), 32 and 64 bits,
-        integers of 8 to 64 bits, bool.
+        integers of 8 to 64 bits, bool. Or functions that make them, each called twice, so
+        that a model larger than memory is written file by file.
       files: further files by plain name, such as `tokenizer.model`.
       max_shard_bytes: tensors beyond this many bytes go into several numbered files
         with an index; a larger tensor gets a file of its own.
+      facts: more plain JSON, for `mlp_memory.json`; the keys `tensors` and `config_sha256`
+        are added and must not be there.
 
     Raises:
       UserError: the folder cannot be written.
       ValueError: a dtype, tensor name, file name or config that cannot be stored.
     """
-    files = dict(files or {})
-    _check_arguments(config, tensors, files)
-    arrays = {name: _storable(name, tensors[name]) for name in sorted(tensors)}
-    shards = _shards(arrays, max_shard_bytes)
-    listed = {
-        name: {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": _checksum(array)}
-        for name, array in arrays.items()
-    }
-    config_bytes = canonical_json({**config, "tensors": listed}).encode()
+    files, facts = dict(files or {}), dict(facts or {})
+    _check_arguments(facts, tensors, files)
+    sizes, listed = {}, {}
+    for name in sorted(tensors):
+        array = _storable(name, tensors[name])
+        sizes[name] = array.nbytes
+        listed[name] = {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": _checksum(array)}
+    shards = _shards(sizes, max_shard_bytes)
+    config_bytes = canonical_json(config).encode()
+    listing = {**facts, "tensors": listed, "config_sha256": digest(config_bytes)}
+    files[FACTS] = canonical_json(listing).encode()
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
-        total = sum(array.nbytes for array in arrays.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         files[_INDEX] = canonical_json(index).encode()
     try:
         if directory.is_local:
-            _write_local(directory.path, arrays, shards, files, config_bytes)
+            _write_local(directory.path, tensors, shards, files, config_bytes)
         else:
-            _write_remote(directory, arrays, shards, files, config_bytes)
+            _write_remote(directory, tensors, shards, files, config_bytes)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {directory}: {first_line(error)}") from error
 
 
-def load_model(directory: Directory) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Reads what `save_model` wrote.
-
-    Returns:
-      The config as it was given (without `tensors`), and the arrays by name.
-
-    Raises:
-      UserError: a file is missing, truncated, damaged or a pickle; a tensor is missing,
-        surplus, of another shape or dtype than the config says, or has other values.
-    """
-    config, listed = _read_config(directory)
-    held = _weight_files(directory)
-    tensors: dict[str, np.ndarray] = {}
-    with tempfile.TemporaryDirectory(prefix="mlp_memory_") as folder:
-        for file, mapped in held.items():
-            path = _fetch(directory, file, Path(folder))
-            found = _read_file(path, f"{directory}/{file}", listed)
-            if mapped is not None and (wrong := sorted(mapped ^ set(found))):
-                raise UserError(
-                    f"{directory}/{_INDEX} and {file} disagree on where tensor {wrong[0]!r} is: export again"
-                )
-            if twice := sorted(set(found) & set(tensors)):
-                raise UserError(f"{directory}/{file}: tensor {twice[0]!r} is in two files: export again")
-            tensors.update(found)
-    if missing := sorted(set(listed) - set(tensors)):
-        shape = tuple(listed[missing[0]]["shape"])
-        raise UserError(
-            f"{directory}: tensor {missing[0]!r} of shape {shape} is in {_CONFIG}, in no file: export again"
-        )
-    return config, {name: tensors[name] for name in sorted(tensors)}
-
-
 def _check_arguments(
-    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], files: Mapping[str, bytes]
+    facts: Mapping[str, Any], tensors: Mapping[str, LazyArray], files: Mapping[str, bytes]
 ) -> None:
-    if "tensors" in config:
-        raise ValueError("config has a key 'tensors', which save_model adds")
+    if taken := sorted({"tensors", "config_sha256"} & set(facts)):
+        raise ValueError(f"facts have a key {taken[0]!r}, which save_model adds")
     if "__metadata__" in tensors:
         raise ValueError("'__metadata__' cannot name a tensor in safetensors")
     for name in files:
         if name != Path(name).name or _is_ours(name) or name == "manifest.json":
             raise ValueError(f"file name {name!r} is not plain or is taken")
-        if name.endswith(_PICKLES):
+        if name.endswith(PICKLES):
             raise ValueError(f"file {name!r} would be taken for a pickle, which load_model refuses")
 
 
 def _is_ours(name: str) -> bool:
-    return name in (_CONFIG, _SINGLE, _INDEX) or _SHARD.fullmatch(name) is not None
+    return name in (_CONFIG, _SINGLE, _INDEX, FACTS) or _SHARD.fullmatch(name) is not None
 
 
-def _storable(name: str, array: np.ndarray) -> np.ndarray:
+def _storable(name: str, tensor: LazyArray) -> np.ndarray:
     """The array, little-endian and contiguous (`np.ascontiguousarray` would turn [] into [1])."""
-    array = np.asarray(array)
+    array = np.asarray(tensor() if callable(tensor) else tensor)
     if array.dtype.name not in _DTYPES.values():
         raise ValueError(f"tensor {name!r}: dtype {array.dtype.name} cannot be stored")
     return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
@@ -152,16 +145,16 @@ def _checksum(array: np.ndarray) -> str:
     return digest(array.reshape(-1).view(np.uint8).data if array.size else b"")
 
 
-def _shards(arrays: Mapping[str, np.ndarray], max_shard_bytes: int) -> dict[str, list[str]]:
+def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
     """File name -> the tensors it holds, filled in the order of the names."""
     groups: list[list[str]] = [[]]
     filled = 0
-    for name, array in arrays.items():
-        if groups[-1] and filled + array.nbytes > max_shard_bytes:
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > max_shard_bytes:
             groups.append([])
             filled = 0
         groups[-1].append(name)
-        filled += array.nbytes
+        filled += size
     if len(groups) == 1:
         return {_SINGLE: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
@@ -169,7 +162,7 @@ def _shards(arrays: Mapping[str, np.ndarray], max_shard_bytes: int) -> dict[str,
 
 def _write_local(
     target: Path,
-    arrays: Mapping[str, np.ndarray],
+    tensors: Mapping[str, LazyArray],
     shards: Mapping[str, list[str]],
     files: Mapping[str, bytes],
     config_bytes: bytes,
@@ -182,7 +175,8 @@ def _write_local(
     for file, data in files.items():
         (partial / file).write_bytes(data)
     for file, names in shards.items():
-        safetensors.numpy.save_file({n: arrays[n] for n in names}, partial / file, metadata=_METADATA)
+        arrays = {name: _storable(name, tensors[name]) for name in names}
+        safetensors.numpy.save_file(arrays, partial / file, metadata=_METADATA)
         # The library's files are for their owner alone, whatever the umask.
         shutil.copymode(partial / _CONFIG, partial / file)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -201,7 +195,7 @@ def _write_local(
 
 def _write_remote(
     directory: Directory,
-    arrays: Mapping[str, np.ndarray],
+    tensors: Mapping[str, LazyArray],
     shards: Mapping[str, list[str]],
     files: Mapping[str, bytes],
     config_bytes: bytes,
@@ -209,23 +203,162 @@ def _write_remote(
     for old in [_CONFIG, *(name for name in directory.names() if _is_ours(name))]:
         directory.kvstore.write(old, None).result()
     for file, names in shards.items():
-        directory.write(file, safetensors.numpy.save({n: arrays[n] for n in names}, metadata=_METADATA))
+        arrays = {name: _storable(name, tensors[name]) for name in names}
+        directory.write(file, safetensors.numpy.save(arrays, metadata=_METADATA))
     for file, data in files.items():
         directory.write(file, data)
     directory.write(_CONFIG, config_bytes)
 
 
-def _read_config(directory: Directory) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """config.json without its tensor list, and that list."""
-    if directory.is_local and directory.path.is_file():
-        raise UserError(f"{directory} is a file: give the folder that holds {_CONFIG}")
-    data = _read(directory, _CONFIG)
-    if data is None:
-        _refuse_pickles(directory)
-        raise UserError(f"{directory}/{_CONFIG} is missing: give a folder that export wrote")
+class ModelFolder:
+    """Tensors of a folder in the Hugging Face layout, read one by one.
+
+    Attributes:
+      config: what is in `config.json`; {} where there is none.
+      facts: what `save_model` was given; None for a folder from elsewhere.
+      specs: every tensor's shape and dtype, from the files' headers.
+
+    Raises:
+      UserError: a file is missing, truncated, damaged or a pickle; headers, index and list
+        disagree on a tensor.
+    """
+
+    def __init__(self, directory: Directory):
+        if directory.is_local and directory.path.is_file():
+            raise UserError(f"{directory} is a file: give the folder that holds {_CONFIG}")
+        self._directory = directory
+        self._copies = None if directory.is_local else tempfile.TemporaryDirectory(prefix="mlp_memory_")
+        names = directory.names()
+        self.config, self.facts, self._listed = _read_lists(directory, names)
+        self._again = "fetch it again" if self.facts is None else "export again"
+        self.specs: dict[str, TensorSpec] = {}
+        self._file_of: dict[str, str] = {}
+        for file, mapped in self._weight_files(names).items():
+            self._read_header(file, mapped)
+        if missing := sorted(set(self._listed or ()) - set(self.specs)):
+            shape = tuple(self._listed[missing[0]]["shape"])
+            raise UserError(
+                f"{directory}: tensor {missing[0]!r} of shape {shape} is in {FACTS}, in no file: export again"
+            )
+
+    def __str__(self) -> str:
+        return str(self._directory)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor; where the folder lists checksums, checked.
+
+        Raises:
+          UserError: its bytes are damaged.
+        """
+        where = f"{self._directory}/{self._file_of[name]}"
+        # The file is mapped only while it is read, or its pages would count as memory in use.
+        with self._opened(self._file_of[name]) as file:
+            array = file.get_tensor(name)
+        if self._listed is not None and _checksum(array) != self._listed[name]["sha256"]:
+            raise UserError(f"{where}: tensor {name!r} is damaged (checksum): {self._again}")
+        return array
+
+    def _weight_files(self, names: list[str]) -> dict[str, set[str] | None]:
+        """The safetensors files and, where there is an index, the tensors it says each holds."""
+        if _SINGLE in names:
+            return {_SINGLE: None}
+        directory = self._directory
+        if _INDEX not in names:
+            _refuse_pickles(directory, names)
+            raise UserError(f"{directory}/{_SINGLE} is missing: {self._again}")
+        try:
+            weight_map = json.loads(_read(directory, _INDEX) or b"")["weight_map"]
+            held: dict[str, set[str] | None] = {}
+            for tensor, file in sorted(weight_map.items()):
+                held.setdefault(file, set()).add(tensor)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{directory}/{_INDEX} is damaged ({first_line(error)}): {self._again}"
+            ) from error
+        for file in held:
+            if not isinstance(file, str) or not _SHARD.fullmatch(file):
+                hint = CONVERT if str(file).endswith(PICKLES) else self._again
+                raise UserError(
+                    f"{directory}/{_INDEX} names {file!r}, not a numbered .safetensors file: {hint}"
+                )
+            if file not in names:
+                raise UserError(f"{directory}/{file} is missing: {self._again}")
+        return held
+
+    def _read_header(self, file: str, mapped: set[str] | None) -> None:
+        """Takes the file's tensors into `specs`, each checked against what is said of it elsewhere."""
+        where, found = f"{self._directory}/{file}", {}
+        with self._opened(file) as opened:
+            for name in sorted(opened.keys()):
+                view = opened.get_slice(name)
+                dtype = _DTYPES.get(view.get_dtype(), view.get_dtype())
+                found[name] = TensorSpec(tuple(view.get_shape()), dtype)
+        if mapped is not None and (wrong := sorted(mapped ^ set(found))):
+            raise UserError(
+                f"{self._directory}/{_INDEX} and {file} disagree on tensor {wrong[0]!r}: {self._again}"
+            )
+        if twice := sorted(set(found) & set(self.specs)):
+            raise UserError(f"{where}: tensor {twice[0]!r} is in two files: {self._again}")
+        if self._listed is not None:
+            for name, spec in found.items():
+                _check_entry(where, name, spec, self._listed)
+        self.specs.update(found)
+        self._file_of.update(dict.fromkeys(found, file))
+
+    @contextlib.contextmanager
+    def _opened(self, file: str) -> Iterator[Any]:
+        """The file by the library, which checks length, offsets and overlaps before it allocates."""
+        path = self._local(file)
+        try:
+            with safetensors.safe_open(path, framework="numpy") as opened:
+                yield opened
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise UserError(
+                f"{self._directory}/{file} is truncated or damaged ({first_line(error)}): {self._again}"
+            ) from error
+
+    def _local(self, file: str) -> Path:
+        """A local path to the file; remote ones are copied once."""
+        if self._copies is None:
+            return self._directory.path / file
+        path = Path(self._copies.name, file)
+        if not path.exists():
+            data = _read(self._directory, file)
+            if data is None:
+                raise UserError(f"{self._directory}/{file} is missing: {self._again}")
+            path.write_bytes(data)
+        return path
+
+
+def load_model(directory: Directory) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Reads what `save_model` wrote.
+
+    Returns:
+      The config as it was given, and the arrays by name.
+
+    Raises:
+      UserError: the folder is not from `save_model` or is damaged (see `ModelFolder`).
+    """
+    folder = ModelFolder(directory)
+    if folder.facts is None:
+        raise UserError(f"{directory}/{FACTS} is missing: give a folder that export wrote")
+    return folder.config, {name: folder.read(name) for name in sorted(folder.specs)}
+
+
+def _read_lists(
+    directory: Directory, names: list[str]
+) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, dict[str, Any]] | None]:
+    """config.json, the facts of mlp_memory.json, and its list of tensors (None, None where there is none)."""
+    config_bytes = _read(directory, _CONFIG) if _CONFIG in names else None
+    if config_bytes is None:
+        _refuse_pickles(directory, names)
+        raise UserError(f"{directory}/{_CONFIG} is missing: give a model's folder")
+    config = _object(config_bytes, f"{directory}/{_CONFIG}")
+    if FACTS not in names:
+        return config, None, None
+    facts = _object(_read(directory, FACTS) or b"", f"{directory}/{FACTS}")
     try:
-        config = json.loads(data)
-        listed = config.pop("tensors")
+        listed, config_sha256 = facts.pop("tensors"), facts.pop("config_sha256")
         for entry in listed.values():
             if not (
                 isinstance(entry["dtype"], str)
@@ -233,96 +366,48 @@ def _read_config(directory: Directory) -> tuple[dict[str, Any], dict[str, dict[s
                 and all(type(n) is int for n in entry["shape"])
             ):
                 raise TypeError("a tensor's entry has fields of wrong types")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{directory}/{_CONFIG} is damaged or not from export ({first_line(error)}): export again"
+            f"{directory}/{FACTS} is damaged or not from export ({first_line(error)}): export again"
         ) from error
-    return config, listed
+    if config_sha256 != digest(config_bytes):
+        raise UserError(f"{directory}/{_CONFIG} is damaged (checksum): export again")
+    return config, facts, listed
 
 
-def _weight_files(directory: Directory) -> dict[str, set[str] | None]:
-    """The safetensors files and, where there is an index, the tensors it says each holds."""
-    names = directory.names()
-    if _SINGLE in names:
-        return {_SINGLE: None}
-    if _INDEX not in names:
-        _refuse_pickles(directory)
-        raise UserError(f"{directory}/{_SINGLE} is missing: export again")
+def _object(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in a file."""
     try:
-        weight_map = json.loads(_read(directory, _INDEX) or b"")["weight_map"]
-        held: dict[str, set[str] | None] = {}
-        for tensor, file in sorted(weight_map.items()):
-            held.setdefault(file, set()).add(tensor)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{directory}/{_INDEX} is damaged ({first_line(error)}): export again") from error
-    for file in held:
-        if not isinstance(file, str) or not _SHARD.fullmatch(file):
-            hint = "convert it to safetensors" if str(file).endswith(_PICKLES) else "export again"
-            raise UserError(f"{directory}/{_INDEX} names {file!r}, not a numbered .safetensors file: {hint}")
-        if file not in names:
-            raise UserError(f"{directory}/{file} is missing: export again")
-    return held
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is damaged ({first_line(error)}): make or fetch it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{where} is damaged (no JSON object): make or fetch it again")
+    return found
 
 
-def _refuse_pickles(directory: Directory) -> None:
-    for name in directory.names():
-        if name.endswith(_PICKLES):
-            raise UserError(
-                f"{directory}/{name} is a pickle, which can run code when opened: convert it to safetensors"
-            )
+def _refuse_pickles(directory: Directory, names: list[str]) -> None:
+    for name in names:
+        if name.endswith(PICKLES):
+            raise UserError(f"{directory}/{name} is a pickle, which can run code when opened: {CONVERT}")
 
 
 def _read(directory: Directory, name: str) -> bytes | None:
-    if directory.is_local and not directory.path.is_dir():
-        return None
     try:
         return directory.read(name)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {directory}/{name}: {first_line(error)}") from error
 
 
-def _fetch(directory: Directory, file: str, folder: Path) -> Path:
-    """A local path to the file; remote ones are copied to `folder`, each over the last."""
-    if directory.is_local:
-        return directory.path / file
-    data = _read(directory, file)
-    if data is None:
-        raise UserError(f"{directory}/{file} is missing: export again")
-    path = folder / "shard.safetensors"
-    path.unlink(missing_ok=True)
-    path.write_bytes(data)
-    return path
-
-
-def _read_file(path: Path, where: str, listed: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """The file's tensors, each checked against its entry in the config before it is read."""
-    found = {}
-    try:
-        # The library checks the header's length, offsets and overlaps against the file
-        # before it allocates.
-        with safetensors.safe_open(path, framework="numpy") as file:
-            for name in sorted(file.keys()):
-                view = file.get_slice(name)
-                shape, dtype = tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), view.get_dtype())
-                _check_entry(where, name, shape, dtype, listed)
-                found[name] = file.get_tensor(name)
-                if _checksum(found[name]) != listed[name]["sha256"]:
-                    raise UserError(f"{where}: tensor {name!r} is damaged (checksum): export again")
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{where} is truncated or damaged ({first_line(error)}): export again") from error
-    return found
-
-
-def _check_entry(
-    where: str, name: str, shape: tuple[int, ...], dtype: str, listed: Mapping[str, Mapping[str, Any]]
-) -> None:
+def _check_entry(where: str, name: str, found: TensorSpec, listed: Mapping[str, Mapping[str, Any]]) -> None:
+    shape, dtype = found
     if name not in listed:
-        raise UserError(f"{where}: tensor {name!r} of shape {shape} is not in {_CONFIG}: export again")
+        raise UserError(f"{where}: tensor {name!r} of shape {shape} is not in {FACTS}: export again")
     wanted = tuple(listed[name]["shape"])
     if shape != wanted:
-        raise UserError(f"{where}: tensor {name!r} has shape {shape}, {_CONFIG} says {wanted}: export again")
+        raise UserError(f"{where}: tensor {name!r} has shape {shape}, {FACTS} says {wanted}: export again")
     if dtype != listed[name]["dtype"]:
         raise UserError(
             f"{where}: tensor {name!r} of shape {shape} is {dtype}, "
-            f"{_CONFIG} says {listed[name]['dtype']} of shape {wanted}: export again"
+            f"{FACTS} says {listed[name]['dtype']} of shape {wanted}: export again"
         )

@@ -4,6 +4,7 @@ Layout of a model artifact: `steps/` (training state, gone once finished), `mode
 result's parameters), `metrics.jsonl`, `manifest.json`.
 """
 
+import functools
 import logging
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import Directory, Manifest, UserError
+from mlp_memory.artifacts import Directory, Manifest, UserError, as_dtype
 from mlp_memory.parallel.sharding import state_shardings
 
 
@@ -113,25 +114,49 @@ def _load(read: Callable[[], Any], where: str) -> Any:
     return value
 
 
-@jax.jit
-def _checksums(params: Any) -> Any:
-    def one(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32).reshape(-1)
-        return (bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
+@functools.partial(jax.jit, static_argnums=1)
+def _checksum(x: jax.Array, layered: bool) -> jax.Array:
+    """Σ bits_i · (2i + 1) mod 2^32 over the float32 values, a layer at a time where there are layers."""
+    rows_LxN = x.reshape(x.shape[0] if layered else 1, -1)
+    size = rows_LxN.shape[1]
 
-    return jax.tree.map(one, params)
+    def add(total: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        values_N, layer = row
+        bits_N = jax.lax.bitcast_convert_type(values_N.astype(jnp.float32), jnp.uint32)
+        index_N = layer * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
+        return total + (bits_N * (2 * index_N + 1)).sum(dtype=jnp.uint32), None
+
+    layers_L = jnp.arange(len(rows_LxN), dtype=jnp.uint32)
+    return jax.lax.scan(add, jnp.uint32(0), (rows_LxN, layers_L))[0]
 
 
 def checksums(params: Any) -> dict[str, str]:
     """A checksum per parameter, by path, that does not depend on how it is sharded."""
-    flat = nnx.traversals.flatten_mapping(_checksums(params))
-    return {".".join(map(str, path)): f"{int(value):08x}" for path, value in flat.items()}
+    flat = nnx.traversals.flatten_mapping(params)
+    # One after the other, so that their temporaries never stand side by side.
+    return {".".join(map(str, p)): f"{int(_checksum(x, p[0] == 'blocks')):08x}" for p, x in flat.items()}
+
+
+def _bounded(params: Any) -> ocp.Context:
+    """Saving that holds one large parameter, or 1 GiB, beside the model rather than a copy of it."""
+    context = ocp.Context()
+    most = max(1 << 30, *(x.nbytes for x in jax.tree.leaves(params)))
+    context.memory.write_concurrent_bytes = context.memory.transfer_concurrent_bytes = most
+    return context
 
 
 def publish(directory: Directory, manifest: Manifest, params: Any, **facts: Any) -> Manifest:
-    """Writes the result of a training and declares its artifact whole."""
-    ocp.save((directory / "model").location, params, overwrite=True)
+    """Writes a model's parameters and declares its artifact whole.
+
+    Facts of every such artifact: `checksums`, and `dtypes` of parameters other than float32.
+    """
+    with _bounded(params):
+        ocp.save((directory / "model").location, params, overwrite=True)
     facts["checksums"] = checksums(params)
+    flat = nnx.traversals.flatten_mapping(params)
+    dtypes = {".".join(map(str, path)): value.dtype.name for path, value in flat.items()}
+    if other := {name: dtype for name, dtype in dtypes.items() if dtype != "float32"}:
+        facts["dtypes"] = other
     if jax.process_index() == 0:
         artifacts.finish(directory, manifest, **facts)
     if jax.process_count() > 1:
@@ -147,8 +172,17 @@ def restore(directory: Directory, manifest: Manifest, model: nnx.Module, mesh: M
     """
     graphdef, state = nnx.split(model)
     shardings = state_shardings(state, mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nnx.to_pure_dict(state), shardings
+    dtypes = manifest.facts.get("dtypes", {})
+    flat_shardings = nnx.traversals.flatten_mapping(shardings)
+    abstract = nnx.traversals.unflatten_mapping(
+        {
+            path: jax.ShapeDtypeStruct(
+                variable.get_value().shape,
+                as_dtype(dtypes.get(".".join(map(str, path)), "float32")),
+                sharding=flat_shardings[path],
+            )
+            for path, variable in nnx.to_flat_state(state)
+        }
     )
     where = (directory / "model").location
     params = _load(lambda: ocp.load(where, abstract), where)

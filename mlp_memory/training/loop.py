@@ -98,7 +98,12 @@ class _Run:
     def initial_state(self) -> State:
         if self.task.initial is not None:
             params = jax.device_put(self.task.initial, self.shardings["params"])
-            return jax.jit(self._start, out_shardings=self.shardings)(params)
+
+            def start(params: Any) -> State:  # what is trained is kept in the template's float32
+                template = nnx.to_pure_dict(self.template)
+                return self._start(jax.tree.map(lambda x, like: x.astype(like.dtype), params, template))
+
+            return jax.jit(start, out_shardings=self.shardings)(params)
 
         def fresh() -> State:
             model = self.task.make_model(nnx.Rngs(self.config.seed))

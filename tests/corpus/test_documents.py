@@ -1,3 +1,4 @@
+import bz2
 import gzip
 import json
 import lzma
@@ -13,18 +14,18 @@ def jsonl(*files, **values) -> CorpusConfig:
     return CorpusConfig(source="jsonl", train_files=tuple(map(str, files)), **values)
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".jsonl.gz", ".jsonl.xz"])
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz"])
 def test_json_lines_are_read_exactly_in_every_packing(tmp_path, make_text, write_jsonl, ending):
     texts = [make_text(50) for _ in range(7)] + ["", " \n"]
     path = write_jsonl(tmp_path / f"a{ending}", texts, field="body")
     assert list(read_file(jsonl(path, text_field="body"), path)) == texts
 
 
-@pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".txt.xz", ".tokens"])
+@pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".txt.bz2", ".txt.xz", ".tokens"])
 def test_a_text_file_is_one_document_with_its_line_ends_kept(tmp_path, make_text, ending):
     text = "\r\n first\r" + make_text(200) + "\n\n"
     path = tmp_path / f"a{ending}"
-    packed = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
+    packed = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
     path.write_bytes(packed(text.encode()))
     assert list(read_file(CorpusConfig(source="text", train_files=str(path)), path)) == [text]
 
@@ -77,10 +78,10 @@ def test_the_line_of_an_undecodable_byte_is_named(tmp_path, rng):
     expect([str(path), f"line {before + 1}:", "0xe9"], lambda: list(read_file(config, path)))
 
 
-@pytest.mark.parametrize("ending", [".gz", ".xz"])
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz"])
 def test_a_packed_file_cut_anywhere_is_an_error(tmp_path, rng, make_text, ending):
     lines = "".join(json.dumps({"text": make_text(30)}) + "\n" for _ in range(40)).encode()
-    data = (gzip if ending == ".gz" else lzma).compress(lines)
+    data = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[ending].compress(lines)
     path = tmp_path / f"a.jsonl{ending}"
     for size in [0, 1, len(data) - 1, *rng.sample(range(2, len(data) - 1), 5)]:
         path.write_bytes(data[:size])

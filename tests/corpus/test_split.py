@@ -3,11 +3,17 @@ import pytest
 from mlp_memory.artifacts import UserError
 from mlp_memory.corpus.config import SPLITS, CorpusConfig
 from mlp_memory.corpus.documents import input_files
-from mlp_memory.corpus.split import read_split, scan, split_of
+from mlp_memory.corpus.split import read_split, scan
+from mlp_memory.corpus.split import split_of as split_of_source
 
 
 def config_for(**values) -> CorpusConfig:
     return CorpusConfig(source="jsonl", train_files="t", **values)
+
+
+def split_of(text: str, group: str, config: CorpusConfig) -> str | None:
+    given = {split for split in SPLITS if getattr(config, f"{split}_files")}
+    return split_of_source(text, group, config, given, config.fraction)
 
 
 def test_shares_are_what_was_asked_for(rng):
@@ -58,12 +64,12 @@ def test_every_document_is_in_exactly_one_split_and_order_does_not_matter(
         path = write_jsonl(tmp_path / "a.jsonl", texts)
         config = CorpusConfig("jsonl", str(path), validation_fraction=0.3, test_fraction=0.3)
         files = input_files(config)
-        splits = {split: list(read_split(config, files, split)) for split in SPLITS}
+        facts = scan(config, files)
+        splits = {split: list(read_split(config, files, split, facts)) for split in SPLITS}
         assert sorted(text for s in splits.values() for text in s) == sorted(filter(None, texts))
         assert len({text for s in splits.values() for text in set(s)}) == sum(
             len(set(s)) for s in splits.values()
         )
-        facts = scan(config, files)
         for split in SPLITS:
             assert facts[split].documents == len(splits[split])
             assert facts[split].bytes == len("".join(splits[split]).encode())

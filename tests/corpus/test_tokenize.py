@@ -10,13 +10,14 @@ import pytest
 
 from mlp_memory import artifacts
 from mlp_memory.artifacts import Directory, UserError
-from mlp_memory.corpus import tasks, vocabulary_training
+from mlp_memory.corpus import sentencepiece_model, tasks, units, vocabulary_training
 from mlp_memory.corpus.config import SPLITS, CorpusConfig
 from mlp_memory.corpus.documents import input_files
 from mlp_memory.corpus.split import read_split
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.corpus.tokenize import tokenize
-from mlp_memory.corpus.vocabulary import MODEL_NAME, Vocabulary
+from mlp_memory.corpus.vocabulary import Vocabulary
+from mlp_memory.corpus.vocabulary_files import SENTENCEPIECE
 
 
 def contents(directory: Directory) -> dict[str, bytes]:
@@ -69,33 +70,43 @@ def test_not_one_token_is_dropped(corpus, config):
     assert sum(empty) == 1
 
 
-def test_long_documents_encoded_in_parts_are_the_same_tokens(tmp_path, rng, make_text, monkeypatch):
-    monkeypatch.setattr(tasks, "SEGMENT_CHARACTERS", rng.randrange(1, 200))
-    texts = [make_text(rng.randrange(1, 400)) for _ in range(10)] + [
-        "\n" * 300,
-        "x" * 500,
-        "\n" + "y" * 300 + "\n",
-    ]
+def test_seqio_gives_the_ids_of_the_vocabulary_bos_and_eos_around(rng, make_text):
+    texts = [make_text(rng.randrange(1, 400)) for _ in range(10)] + ["\n" * 300, "\0", "a\0\0", "\ufeff"]
     model = vocabulary_training.train(texts, len("".join(texts).encode()), 330)
-    path = tmp_path / "t.model"
-    path.write_bytes(model)
-    vocabulary = Vocabulary(model, "trained")
-    assert vocabulary.newline_stands_alone
-    task = tasks.make_task(lambda split: texts, path, vocabulary.bos, vocabulary.eos, cut_long=True)
-    documents, ids = [], []
-    for part, is_last in tasks.encode(task, "train"):
-        ids += part.tolist()
-        if is_last:
-            documents.append(ids)
-            ids = []
-    assert ids == []
-    assert documents == [[2, *vocabulary.encode(text), 3] for text in texts]
+    for vocabulary in (
+        Vocabulary({SENTENCEPIECE: model}, "trained"),
+        Vocabulary.from_path("bytes"),
+    ):
+        expected = [[vocabulary.bos, *vocabulary.encode(text), vocabulary.eos] for text in texts]
+        encoder = tasks.Encoder(vocabulary)
+        for some in (slice(0, 5), slice(0, 0), slice(None)):
+            assert [ids_T.tolist() for ids_T in encoder.encode(texts[some])] == expected[some]
+        adapter = tasks.SeqioVocabulary(vocabulary)
+        assert (adapter.vocab_size, adapter.bos_id, adapter.eos_id) == (
+            vocabulary.size,
+            vocabulary.bos,
+            vocabulary.eos,
+        )
+        for text in texts:
+            ids_T = adapter.encode_tf(text)
+            assert adapter.decode(ids_T) == text
+            assert adapter.decode_tf(ids_T).numpy().decode() == text
+
+
+def test_long_documents_encoded_in_parts_are_the_same_tokens(rng, make_text, monkeypatch):
+    texts = [make_text(rng.randrange(1, 400)) for _ in range(10)]
+    texts += ["\n" * 300, "x" * 500, "\n" + "y" * 300 + "\n"]
+    model = vocabulary_training.train(texts, len("".join(texts).encode()), 330)
+    vocabulary = Vocabulary({SENTENCEPIECE: model}, "trained")
+    whole = [vocabulary.encode(text) for text in texts]
+    monkeypatch.setattr(sentencepiece_model, "SEGMENT_CHARACTERS", rng.randrange(1, 200))
+    assert [vocabulary.encode(text) for text in texts] == whole
 
 
 def test_parts_of_a_text_are_the_text(rng, make_text):
     for _ in range(50):
         text, size = make_text(rng.randrange(1, 200)), rng.randrange(1, 300)
-        parts = tasks.cut(text, size)
+        parts = sentencepiece_model.cut(text, size)
         assert "".join(parts) == text
         assert all(part.endswith("\n") for part in parts[:-1])
         assert all("\n" not in part[size - 1 : -1] for part in parts)
@@ -208,7 +219,7 @@ def test_a_given_vocabulary_is_taken_over_and_wide_ids_are_uint32(tmp_path, conf
         ),
     )
     vocabulary = Vocabulary.load(directory / "vocabulary")
-    assert vocabulary.model == path.read_bytes()
+    assert vocabulary.files == {SENTENCEPIECE: path.read_bytes()}
     assert vocabulary.size == 70_331
     stream = TokenStream.open(directory / "train")
     assert stream.vocab_size == 70_331
@@ -236,7 +247,8 @@ def test_a_model_without_bos_uses_eos_for_both(tmp_path, config, make_text):
     tokenize(directory, dataclasses.replace(config, vocab_file=str(path)))
     vocabulary = Vocabulary.load(directory / "vocabulary")
     assert vocabulary.bos == vocabulary.eos
-    assert not vocabulary.newline_stands_alone
+    given = Vocabulary.from_path(str(path), lossless=False)
+    assert [vocabulary.piece(i) for i in range(given.size)] == [given.piece(i) for i in range(given.size)]
     texts = read_split(config, input_files(config), "train")
     expected = [[vocabulary.eos, *vocabulary.encode(text), vocabulary.eos] for text in texts]
     stream = TokenStream.open(directory / "train")
@@ -256,7 +268,7 @@ def test_a_model_without_bos_uses_eos_for_both(tmp_path, config, make_text):
             "99999",
         ),
         (b'{"text": "x"}\n', {"vocab_file": "absent.model"}, "absent.model"),
-        (b'{"text": "x"}\n', {"vocab_file": "in.jsonl"}, "not a SentencePiece model"),
+        (b'{"text": "x"}\n', {"vocab_file": "in.jsonl"}, "neither a tokenizer.json"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_written(tmp_path, monkeypatch, content, values, named):
@@ -297,14 +309,14 @@ sys.exit(len({"tensorflow", "seqio", "tensorflow_text"} & set(sys.modules)))
 
 
 def test_files_changed_while_they_are_read_are_noticed(tmp_path, config, monkeypatch):
-    original = tasks.encode
+    original = units.encode_split
 
-    def encode(task, split):
+    def encode_split(*arguments):
         lines = Path(config.train_files[0]).read_text().splitlines(keepends=True)
         Path(config.train_files[0]).write_text("".join(lines[:-10]))
-        return original(task, split)
+        return original(*arguments)
 
-    monkeypatch.setattr(tasks, "encode", encode)
+    monkeypatch.setattr(units, "encode_split", encode_split)
     with pytest.raises(UserError, match="were the files changed"):
         tokenize(Directory(tmp_path / "corpus"), config)
 
@@ -324,6 +336,7 @@ def test_python_docs_are_tokenised_whole(tmp_path, monkeypatch, make_text):
             vocabulary.decode(stream.tokens[a:b]) for a, b in zip(stream.bounds_D1, stream.bounds_D1[1:])
         ]
     assert sorted(found) == sorted(documents)
-    model = (directory / "vocabulary").read(MODEL_NAME)
+    model = (directory / "vocabulary").read(SENTENCEPIECE)
     assert TokenStream.open(directory / "train").manifest.parents["vocabulary"] == vocabulary.fingerprint
-    assert hashlib.sha256(model).hexdigest() == artifacts.peek(directory / "vocabulary").facts["model_sha256"]
+    facts = artifacts.peek(directory / "vocabulary").facts
+    assert facts["files"] == {SENTENCEPIECE: hashlib.sha256(model).hexdigest()}

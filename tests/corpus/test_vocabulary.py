@@ -1,4 +1,3 @@
-import hashlib
 import itertools
 import json
 import re
@@ -9,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from mlp_memory import artifacts
 from mlp_memory.artifacts import Directory, UserError
 from mlp_memory.corpus import vocabulary_training
-from mlp_memory.corpus.vocabulary import KIND, MODEL_NAME, Vocabulary
+from mlp_memory.corpus.vocabulary import Vocabulary
+from mlp_memory.corpus.vocabulary_files import SENTENCEPIECE
 
 
 def train(texts: list[str], size: int) -> Vocabulary:
-    return Vocabulary(vocabulary_training.train(texts, len("".join(texts).encode()), size), "trained")
+    model = vocabulary_training.train(texts, len("".join(texts).encode()), size)
+    return Vocabulary({SENTENCEPIECE: model}, "trained")
 
 
 def test_decoding_gives_back_every_text(rng, make_text):
@@ -71,7 +71,7 @@ def test_the_model_does_not_depend_on_the_process(tmp_path, make_text):
     other = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "texts.json"], capture_output=True, check=True
     )
-    assert other.stdout == train(texts, 380).model
+    assert other.stdout == train(texts, 380).files[SENTENCEPIECE]
     assert other.stderr == b""
 
 
@@ -109,38 +109,21 @@ def test_long_lines_reach_the_trainer_whole(make_text):
     assert max(len(piece.encode()) for piece in lines) < 4192
 
 
-def write_vocabulary(directory: Directory, model: bytes, sha256: str) -> None:
-    manifest = artifacts.begin(directory, KIND, {}, {})
-    directory.write(MODEL_NAME, model)
-    artifacts.finish(directory, manifest, model_sha256=sha256)
-
-
 def test_a_damaged_or_missing_model_is_refused(tmp_path, rng, make_text):
-    model = bytearray(train([make_text(300)], 300).model)
+    vocabulary = train([make_text(300)], 300)
     directory = Directory(tmp_path / "vocabulary")
     with pytest.raises(UserError, match="tokenize"):
         Vocabulary.load(directory)
-    write_vocabulary(directory, bytes(model), hashlib.sha256(model).hexdigest())
-    assert Vocabulary.load(directory).size == 300
+    vocabulary.save(directory, {})
+    assert Vocabulary.load(directory).files == vocabulary.files
+    model = bytearray(vocabulary.files[SENTENCEPIECE])
     model[rng.randrange(len(model))] ^= 1 << rng.randrange(8)
-    directory.write(MODEL_NAME, bytes(model))
+    directory.write(SENTENCEPIECE, bytes(model))
     with pytest.raises(UserError, match="damaged"):
         Vocabulary.load(directory)
-    (directory.path / MODEL_NAME).unlink()
+    (directory.path / SENTENCEPIECE).unlink()
     with pytest.raises(UserError, match="missing"):
         Vocabulary.load(directory)
-
-
-@pytest.mark.parametrize("data", [b"", b"garbage", b"\n\x00", b'{"model": 1}'])
-def test_what_is_no_sentencepiece_model_is_refused(tmp_path, data):
-    path = tmp_path / "x.model"
-    path.write_bytes(data)
-    with pytest.raises(UserError) as caught:
-        Vocabulary.from_file(str(path))
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="absent"):
-        Vocabulary.from_file(str(tmp_path / "absent.model"))
 
 
 def test_ids_outside_the_vocabulary_are_refused(make_text):

@@ -16,8 +16,12 @@ from mlp_memory.decoder.transformer import Decoder
 
 def slow_norm(x_D, p, config):
     x_D = x_D - x_D.mean() if config.norm == "layernorm" else x_D
-    y_D = x_D / math.sqrt((x_D**2).mean() + config.norm_epsilon) * p["scale"]
+    y_D = slow_rms_norm(x_D, p, config)
     return y_D + p["bias"] if config.norm == "layernorm" else y_D
+
+
+def slow_rms_norm(x_D, p, config):
+    return x_D / math.sqrt((x_D**2).mean() + config.norm_epsilon) * p["scale"]
 
 
 def slow_linear(x_I, p):
@@ -27,10 +31,27 @@ def slow_linear(x_I, p):
     return y_O + p["bias"] if "bias" in p else y_O
 
 
-def slow_rotate(x_E, position, base):
+def slow_wavelength(wavelength, config):
+    """Positions per turn after scaling (Llama 3.1's rule in terms of wavelengths)."""
+    longer = wavelength * config.rope_factor
+    if config.rope_scaling == "none":
+        return wavelength
+    if config.rope_scaling == "linear":
+        return longer
+    if wavelength < config.rope_original / config.rope_high_factor:
+        return wavelength
+    if wavelength > config.rope_original / config.rope_low_factor:
+        return longer
+    low, high = config.rope_low_factor, config.rope_high_factor
+    smooth = (config.rope_original / wavelength - low) / (high - low)
+    return 1 / ((1 - smooth) / longer + smooth / wavelength)
+
+
+def slow_rotate(x_E, position, config):
     half, y_E = len(x_E) // 2, x_E.copy()
     for i in range(half):
-        angle = position * base ** (-i / half)
+        wavelength = slow_wavelength(2 * math.pi * config.rope_base ** (i / half), config)
+        angle = 2 * math.pi * position / wavelength
         a, b = x_E[i], x_E[i + half]
         y_E[i] = a * math.cos(angle) - b * math.sin(angle)
         y_E[i + half] = b * math.cos(angle) + a * math.sin(angle)
@@ -49,7 +70,7 @@ def slow_feed_forward(x_D, p, config):
     return slow_linear(gate_F / (1 + np.exp(-gate_F)) * up_F, p["down"])
 
 
-def slow_attention(x_TxD, segments_T, p, config):
+def slow_attention(x_TxD, segments_T, p, config, layer):
     length, size = len(x_TxD), config.head_dim
     heads = {}
     for name, count in (
@@ -58,17 +79,25 @@ def slow_attention(x_TxD, segments_T, p, config):
         ("value", config.num_kv_heads),
     ):
         heads[name] = [slow_linear(x_TxD[t], p[name]).reshape(count, size) for t in range(length)]
+    if config.qk_norm:
+        for name in ("query", "key"):
+            heads[name] = [
+                np.array([slow_rms_norm(h, p[f"{name}_norm"], config) for h in heads[name][t]])
+                for t in range(length)
+            ]
+    windowed = config.window and layer >= config.window_from
     if config.positions == "rotary":
         for name in ("query", "key"):
             heads[name] = [
-                np.array([slow_rotate(h, t, config.rope_base) for h in heads[name][t]]) for t in range(length)
+                np.array([slow_rotate(h, t, config) for h in heads[name][t]]) for t in range(length)
             ]
     out_TxD = np.zeros_like(x_TxD)
     for t in range(length):
         parts = []
         for h in range(config.heads):
             kv = h // (config.heads // config.num_kv_heads)
-            seen = [s for s in range(t + 1) if segments_T[s] == segments_T[t]]
+            first = max(0, t + 1 - config.window) if windowed else 0
+            seen = [s for s in range(first, t + 1) if segments_T[s] == segments_T[t]]
             scores = np.array([heads["query"][t][h] @ heads["key"][s][kv] / math.sqrt(size) for s in seen])
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
@@ -86,7 +115,7 @@ def slow_decoder(params, config, tokens_T, segments_T):
     for layer in range(config.layers):
         p = jax.tree.map(lambda x, layer=layer: x[layer], params["blocks"])
         normed = np.array([slow_norm(x, p["attention_norm"], config) for x in x_TxD])
-        x_TxD = x_TxD + slow_attention(normed, segments_T, p["attention"], config)
+        x_TxD = x_TxD + slow_attention(normed, segments_T, p["attention"], config, layer)
         taps[layer, "ffn_input"] = np.array([slow_norm(x, p["ffn_norm"], config) for x in x_TxD])
         x_TxD = x_TxD + np.array([slow_feed_forward(x, p["ffn"], config) for x in taps[layer, "ffn_input"]])
         taps[layer, "residual"] = x_TxD
@@ -165,7 +194,7 @@ def test_the_equal_parameter_decoder_has_as_many_parameters_as_asked(rng):
             dim=int(rng.choice([32, 64, 96])),
             heads=4,
             activation=str(rng.choice(["swiglu", "gelu"])),
-            bias=bool(rng.integers(2)),
+            bias=str(rng.choice(["none", "qkv", "attention", "all"])),
             tied=bool(rng.integers(2)),
             vocab_size=int(rng.integers(300, 3000)),
         )
@@ -193,6 +222,11 @@ def test_the_equal_parameter_decoder_has_as_many_parameters_as_asked(rng):
         {"max_positions": 0},
         {"norm_epsilon": -1.0},
         {"rope_base": 0.0},
+        {"bias": True},
+        {"window": -1},
+        {"rope_scaling": "yarn"},
+        {"rope_scaling": "llama3", "rope_low_factor": 4.0, "rope_high_factor": 4.0},
+        {"rope_scaling": "linear", "rope_factor": 0.0},
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ import safetensors.numpy
 import tensorstore as ts
 
 from mlp_memory.artifacts import Directory, UserError
-from mlp_memory.interchange import load_model, save_model
+from mlp_memory.interchange.model_folder import load_model, save_model
 
 DTYPES = [
     np.dtype(t)
@@ -92,7 +92,8 @@ def test_bytes_do_not_depend_on_order_or_process(tmp_path: Path) -> None:
     save_model(Directory(tmp_path / "b"), dict(reversed(CONFIG.items())), backwards, max_shard_bytes=100)
     code = (
         "import sys, numpy as np\n"
-        "from mlp_memory.artifacts import Directory\nfrom mlp_memory.interchange import save_model\n"
+        "from mlp_memory.artifacts import Directory\n"
+        "from mlp_memory.interchange.model_folder import save_model\n"
         "rng = np.random.default_rng(5)\n"
         "tensors = {f't{i}': rng.normal(size=(3, i)).astype(np.float32) for i in range(9)}\n"
         f"save_model(Directory(sys.argv[1]), {CONFIG!r}, tensors, max_shard_bytes=100)"
@@ -174,11 +175,11 @@ def test_a_save_that_stops_anywhere_leaves_no_model_that_loads_wrongly(
     assert not stopped
 
 
-def edit_config(change: Callable[[dict], object]) -> Callable[[Path], None]:
+def edit_list(change: Callable[[dict], object]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        change(config["tensors"])
-        (folder / "config.json").write_text(json.dumps(config))
+        listing = json.loads((folder / "mlp_memory.json").read_text())
+        change(listing["tensors"])
+        (folder / "mlp_memory.json").write_text(json.dumps(listing))
 
     return edit
 
@@ -198,19 +199,27 @@ INDEX = "model.safetensors.index.json"
 @pytest.mark.parametrize(
     ("shard_bytes", "damage", "words"),
     [
-        (999, edit_config(lambda t: t.pop("w")), ["'w'", "(4, 3)", "not in config.json"]),
-        (999, edit_config(lambda t: t.update(x=t["w"])), ["'x'", "(4, 3)", "in no file"]),
-        (999, edit_config(lambda t: t["w"].update(shape=[3, 4])), ["'w'", "(4, 3)", "(3, 4)"]),
+        (999, edit_list(lambda t: t.pop("w")), ["'w'", "(4, 3)", "not in mlp_memory.json"]),
+        (999, edit_list(lambda t: t.update(x=t["w"])), ["'x'", "(4, 3)", "in no file"]),
+        (999, edit_list(lambda t: t["w"].update(shape=[3, 4])), ["'w'", "(4, 3)", "(3, 4)"]),
         (
             999,
-            edit_config(lambda t: t["w"].update(dtype="bfloat16")),
+            edit_list(lambda t: t["w"].update(dtype="bfloat16")),
             ["'w'", "(4, 3)", "float32", "bfloat16"],
         ),
-        (999, edit_config(lambda t: t["w"].update(sha256="0" * 16)), ["'w'", "checksum"]),
-        (999, edit_config(lambda t: t["w"].pop("shape")), ["config.json is damaged"]),
-        (999, edit_config(lambda t: t["w"].update(shape="43")), ["config.json is damaged"]),
+        (999, edit_list(lambda t: t["w"].update(sha256="0" * 16)), ["'w'", "checksum"]),
+        (999, edit_list(lambda t: t["w"].pop("shape")), ["mlp_memory.json is damaged"]),
+        (999, edit_list(lambda t: t["w"].update(shape="43")), ["mlp_memory.json is damaged"]),
         (999, edit_bytes("config.json", lambda b: b"[" * 100_000), ["config.json is damaged"]),
-        (999, edit_bytes("config.json", lambda b: b"{}"), ["config.json is damaged or not from export"]),
+        (999, edit_bytes("config.json", lambda b: b"{}"), ["config.json is damaged (checksum)"]),
+        (999, edit_bytes("config.json", lambda b: b"[]"), ["config.json is damaged"]),
+        (
+            999,
+            edit_bytes("mlp_memory.json", lambda b: b"{}"),
+            ["mlp_memory.json is damaged or not from export"],
+        ),
+        (999, edit_bytes("mlp_memory.json", lambda b: b"[" * 100_000), ["mlp_memory.json is damaged"]),
+        (999, rename("mlp_memory.json", "x"), ["mlp_memory.json is missing"]),
         (999, edit_bytes("config.json", lambda b: b[:-20]), ["config.json is damaged"]),
         (999, edit_bytes("model.safetensors", lambda b: b[:-1]), ["model.safetensors is truncated"]),
         (999, edit_bytes("model.safetensors", lambda b: b""), ["model.safetensors is truncated"]),
@@ -221,13 +230,13 @@ INDEX = "model.safetensors.index.json"
         (
             999,
             rename("model.safetensors", "pytorch_model.bin"),
-            ["pytorch_model.bin", "convert it to safetensors"],
+            ["pytorch_model.bin", "weights_only=True"],
         ),
         (9, rename(SHARD, "x.safetensors"), [SHARD, "is missing"]),
         (9, edit_bytes(SHARD, lambda b: b[:40]), [SHARD, "truncated"]),
         (9, edit_bytes(INDEX, lambda b: b"{}"), [INDEX, "is damaged"]),
         (9, edit_bytes(INDEX, lambda b: b.replace(SHARD.encode(), b"../../secret")), ["'../../secret'"]),
-        (9, edit_bytes(INDEX, lambda b: b.replace(SHARD.encode(), b"a.pt")), ["'a.pt'", "convert it"]),
+        (9, edit_bytes(INDEX, lambda b: b.replace(SHARD.encode(), b"a.pt")), ["'a.pt'", "convert it first"]),
         (9, edit_bytes(INDEX, lambda b: b.replace(b"00002-of", b"00001-of")), [INDEX, "'w'"]),
     ],
 )
@@ -251,7 +260,7 @@ def test_pickles_are_refused_unopened(tmp_path: Path, name: str) -> None:
             return (tmp_path.joinpath("fired").touch, ())
 
     (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(UserError, match="convert it to safetensors"):
+    with pytest.raises(UserError, match=r"convert it first.*weights_only=True"):
         load_model(Directory(tmp_path))
     with pytest.raises(UserError, match="give the folder"):
         load_model(Directory(tmp_path / name))
@@ -274,7 +283,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "tensors", "files"),
     [
-        ({"tensors": {}}, {}, {}),
+        ({}, {}, {"mlp_memory.json": b""}),
         ({"x": float("nan")}, {}, {}),
         ({}, {"w": np.zeros(2, np.complex64)}, {}),
         ({}, {"w": np.array(["text"])}, {}),

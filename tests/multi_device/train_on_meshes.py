@@ -24,7 +24,7 @@ from mlp_memory.parallel.mesh import make_mesh, start_processes
 from mlp_memory.parallel.sharding import RULES
 from mlp_memory.training.checkpoints import StepCheckpoints
 
-DECODER = DecoderConfig(layers=2, dim=16, heads=4, ffn_dim=32, bias=True, vocab_size=40)
+DECODER = DecoderConfig(layers=2, dim=16, heads=4, ffn_dim=32, bias="all", vocab_size=40)
 MEMORY = MemoryConfig(style="llama", layers=2, dim=16, ffn_dim=32, input_dim=8, vocab_size=40)
 COMMON = dict(steps=20, eval_every=10, learning_rate=0.01, warmup=5, weight_decay=0.1, log_every=1)
 PRETRAIN = PretrainConfig(batch_size=8, context=12, eval_rows=100, **COMMON)

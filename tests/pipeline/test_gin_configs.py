@@ -44,8 +44,54 @@ def test_every_recipe_dry_runs_by_the_command_in_its_header(path, mlp_memory, tm
     assert not (tmp_path / "w").exists()
 
 
-def test_every_other_gin_file_is_part_of_a_recipe():
+def test_every_other_gin_file_is_part_of_a_recipe_or_says_how_it_is_used():
     included = {
         include for path in RECIPES for include in re.findall(r"^include '([^']+)'", path.read_text(), re.M)
     }
-    assert {name(path) for path in FILES if path not in RECIPES} <= included
+    for path in set(FILES) - set(RECIPES):
+        header = path.read_text().split("\n\n")[0]
+        assert name(path) in included or f"--gin_file=gin_configs/{name(path)}" in header
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name == "corpora"], ids=name)
+def test_a_corpus_given_after_a_recipe_replaces_the_recipes_files(path, tmp_path):
+    recipe = next(recipe for recipe in RECIPES if recipe.stem == "enwiki_small_cpu")
+    alone, after = (
+        load_config([*map(str, files)], [], Directory(tmp_path)).corpus for files in ([path], [recipe, path])
+    )
+    for field in ("source", "parts", "train_files", "validation_files", "test_files"):
+        assert getattr(alone, field) == getattr(after, field)
+
+
+# Parameters of the memories in millions: PAPER.md, "memory sizes"; those of the 7 B bases are
+# given without the head, 1.1 to 1.4 billion.
+PAPER_MEMORIES = {
+    "paper_gpt2_small_wikitext103": (124, True),
+    "paper_gpt2_medium_wikitext103": (354, True),
+    "paper_gpt2_large_wikitext103": (773, True),
+    "paper_llama2_7b_wikipedia": (1100, False),
+    "paper_mistral_7b_wikipedia": (1400, False),
+}
+# Parameters of the decoders in millions, as their makers give them.
+PAPER_DECODERS = {"small": 124.4, "medium": 354.8, "large": 774.0, "llama2": 6738.4, "mistral": 7248.0}
+
+
+@pytest.mark.parametrize("name", PAPER_MEMORIES)
+def test_paper_recipes_have_the_papers_sizes_and_settings(name, tmp_path):
+    config = load_config([str(REPOSITORY / f"gin_configs/recipes/{name}.gin")], [], Directory(tmp_path))
+    table = shapes_table(config)
+    counted = {
+        model: int(re.search(rf"# {model}: ([\d,]+) parameters", table).group(1).replace(",", ""))
+        for model in ("decoder", "memory")
+    }
+    wanted, with_head = PAPER_MEMORIES[name]
+    head = config.decoder.dim * config.decoder.vocab_size
+    assert (counted["memory"] - (0 if with_head else head)) / 1e6 == pytest.approx(wanted, rel=0.02)
+    decoder = next(size for part, size in PAPER_DECODERS.items() if part in name)
+    assert counted["decoder"] / 1e6 == pytest.approx(decoder, rel=0.001)
+    assert (config.distill.alpha, config.retrieve.k, config.distill.decay) == (0.4, 1024, "linear")
+    gpt2 = "gpt2" in name
+    assert config.distill.learning_rate == (5e-4 if gpt2 else 4e-4)
+    assert config.retrieve.temperature == (16.0 if gpt2 else "auto")
+    rows = config.distill.steps * config.distill.batch_size * config.distill.block_rows
+    assert rows == pytest.approx(50 * 117e6 if gpt2 else 5 * 5e9, rel=0.001)

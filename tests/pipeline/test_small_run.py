@@ -7,7 +7,7 @@ import pytest
 
 from mlp_memory.artifacts import Directory, peek
 from mlp_memory.decoder.pretrain import load_decoder
-from mlp_memory.interchange.export import load_exported
+from mlp_memory.interchange.source import load, open_source
 from mlp_memory.memory.distill import load_memory
 
 SYSTEMS = {"base", "knn_lm_exact", "knn_lm_scann", "base_plus_memory", "joint", "decoder_equal_params"}
@@ -114,7 +114,8 @@ def test_text_goes_on_from_the_prompt_and_repeats(small_run, mlp_memory):
 
 @pytest.mark.parametrize("name", ["decoder", "memory", "joint"])
 def test_exported_models_compute_what_the_trained_ones_do(small_run, mesh, rng, name):
-    found, config = load_exported(Directory(small_run / "export" / name))
+    source = open_source(str(small_run / "export" / name))
+    found = load(source, mesh)
     if name == "memory":
         trained, manifest = load_memory(Directory(small_run / "memory"), mesh)
         x = rng.normal(size=(5, 32)).astype(np.float32)
@@ -124,7 +125,7 @@ def test_exported_models_compute_what_the_trained_ones_do(small_run, mesh, rng, 
         trained, manifest = load_decoder(Directory(small_run / name), stage, mesh)
         x = rng.integers(0, 300, (2, 9))
         run = jax.jit(lambda x, model: model.logits(model(x)[0]), static_argnums=1)
-    assert config["fingerprint"] == manifest.fingerprint
+    assert source.facts["fingerprint"] == manifest.fingerprint
     np.testing.assert_array_equal(run(x, found), run(x, trained))
     assert (small_run / "export" / name / "tokenizer.model").read_bytes() == (
         small_run / "corpus/vocabulary/tokenizer.model"
