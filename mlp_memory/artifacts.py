@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -193,10 +193,14 @@ def config_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as plain JSON, less the fields marked `runtime()`.
 
     Those change how fast or how visibly a result is made, never the result, so they
-    do not enter the manifest and a finished artifact survives their change.
+    do not enter the manifest and a finished artifact survives their change. A field marked
+    `later()` is left out at its default: what was made before there was such a field stays valid.
     """
     values = {
-        f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata.get("runtime")
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if not f.metadata.get("runtime")
+        and not (f.metadata.get("later") and getattr(config, f.name) == f.default)
     }
     return json.loads(json.dumps(values, default=config_dict))  # configs within it likewise
 
@@ -204,6 +208,11 @@ def config_dict(config: Any) -> dict[str, Any]:
 def runtime(default: Any) -> Any:
     """A dataclass field that cannot change a result (see `config_dict`)."""
     return dataclasses.field(default=default, metadata={"runtime": True})
+
+
+def later(default: Any) -> Any:
+    """A dataclass field that was added when artifacts without it existed (see `config_dict`)."""
+    return dataclasses.field(default=default, metadata={"later": True})
 
 
 def peek(directory: Directory) -> Manifest | None:
@@ -401,6 +410,14 @@ class ChunkWriter:
             raise ValueError(f"chunks {self.missing()[:5]} are missing")
         checksums = {name: [self._marks[c][name] for c in range(len(self))] for name in self.manifest.arrays}
         return finish(self.directory, dataclasses.replace(self.manifest, checksums=checksums), **facts)
+
+
+class Rows(Protocol):
+    """What has rows, shape [N, ...]: an `ArrayReader`, a NumPy array, a `KeyStore`."""
+
+    shape: tuple[int, ...]
+
+    def __getitem__(self, rows: slice) -> np.ndarray: ...
 
 
 class ArrayReader:

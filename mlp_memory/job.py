@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import Directory, Manifest, UserError, config_dict
+from mlp_memory.artifacts import Directory, Manifest, Rows, UserError, config_dict
 from mlp_memory.config import Config
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.datastore.config import EmbedConfig
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from mlp_memory.corpus.vocabulary import Vocabulary
+    from mlp_memory.datastore.store import KeyStore
     from mlp_memory.decoder.score import RowReader
     from mlp_memory.decoder.transformer import Decoder
     from mlp_memory.interchange.source import Source
@@ -223,9 +224,22 @@ class Job:
 
         return row_reader(self.embed_config, self.decoder(stage)[0], self.mesh)
 
-    def keys(self) -> artifacts.ArrayReader:
-        """The datastore's keys."""
-        return artifacts.ArrayReader(self.workdir / "datastore", "keys")
+    def keys(self) -> "KeyStore":
+        """The datastore's keys in the space that is searched, [N, E]."""
+        from mlp_memory.datastore.store import open_keys
+
+        return open_keys(*self._datastore())
+
+    def states(self) -> Rows:
+        """The hidden states of the datastore's rows, [N, D]: what the memory reads."""
+        from mlp_memory.datastore.store import open_states
+
+        return open_states(*self._datastore())
+
+    def _datastore(self) -> tuple[Any, ...]:
+        reader = functools.cache(self.row_reader)  # loads the decoder, if rows must be computed
+        found, stream = self.manifest("datastore"), self.stream("train")
+        return self.workdir / "datastore", found, self.embed_config, stream, reader
 
     def held_out(self, rows: int) -> "ValidationRows":
         """About `rows` validation rows as the base decoder reads them."""

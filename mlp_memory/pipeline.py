@@ -114,12 +114,12 @@ def import_stage(job: Job) -> Stage:
 
 
 def _embed(job: Job, directory: Directory) -> None:
-    from mlp_memory.datastore.embed import embed, key_spec
+    from mlp_memory.datastore.embed import embed, key_specs
 
     decoder, _ = job.decoder()
     stream = job.stream("train")
-    spec = key_spec(job.config.embed, len(stream), decoder.config.dim)
-    manifest = _begin("embed", "datastore", job, directory, {"keys": spec})
+    arrays = key_specs(job.config.embed, len(stream), decoder.config.dim)
+    manifest = _begin("embed", "datastore", job, directory, arrays)
     embed(directory, manifest, job.config.embed, decoder, stream, job.mesh)
 
 
@@ -135,13 +135,13 @@ def _retrieve(job: Job, directory: Directory) -> None:
     from mlp_memory.index.scann_index import ScannIndex
     from mlp_memory.targets.retrieve import Validation, retrieve
 
-    config, validation = job.config.retrieve, None
+    config, validation, keys = job.config.retrieve, None, job.keys()
     if config.temperature == "auto":
         rows = job.held_out(config.validation_rows)
-        validation = Validation(rows.taps_NxD, rows.base_log_prob_N, rows.labels_N)
+        validation = Validation(keys.queries(rows.taps_NxD), rows.base_log_prob_N, rows.labels_N)
     index = ScannIndex.load(job.workdir / "index")
     parents = job.fingerprints(*find_stage("retrieve").parents(job.config))
-    retrieve(directory, job.stream("train"), job.keys(), index, parents, config, validation)
+    retrieve(directory, job.stream("train"), keys, index, parents, config, validation)
 
 
 def _distill(job: Job, directory: Directory) -> None:
@@ -149,7 +149,7 @@ def _distill(job: Job, directory: Directory) -> None:
 
     manifest, config = _begin("distill", "memory", job, directory), job.config.distill
     held_out = job.held_out(config.eval_rows)
-    data = (job.stream("train"), job.keys(), job.workdir / "targets", held_out)
+    data = (job.stream("train"), job.states(), job.workdir / "targets", held_out)
     distill(directory, manifest, job.memory_config, config, *data, job.mesh)
 
 

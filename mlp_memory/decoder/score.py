@@ -74,8 +74,12 @@ class RowReader:
 
     def taps(self, stream: TokenStream, start: int, stop: int) -> np.ndarray:
         """Tapped states of rows start..stop, [stop − start, D] float32."""
+        return self.taps_of(stream, [(start, stop)])
+
+    def taps_of(self, stream: TokenStream, ranges: Ranges) -> np.ndarray:
+        """Tapped states of the rows of `ranges`, [n, D] float32."""
         found = []
-        for group, arrays in self._batches(stream, [(start, stop)]):
+        for group, arrays in self._batches(stream, ranges):
             tapped = np.asarray(self._tap_only(self._params, arrays))
             found += [tapped[i, w.first - w.start : w.stop - w.start] for i, w in enumerate(group)]
         return np.concatenate(found)

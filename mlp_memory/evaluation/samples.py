@@ -43,7 +43,7 @@ def _sample(
     tokens = stream.tokens[first : row + 1].astype(int).tolist()
     said = predictor(tokens)
     tap, _ = systems.base.taps_and_log_probs(stream, [(row, row + 1)])
-    rows_1xk, sqdist_1xk = systems.exact(tap, systems.k)
+    rows_1xk, sqdist_1xk = systems.exact(systems.keys.queries(tap), systems.k)
     teacher = knn_distribution(rows_1xk, sqdist_1xk, systems.labels_N[rows_1xk], tau, _TOP)
 
     def top(log_prob_V: np.ndarray) -> list[list[Any]]:

@@ -11,6 +11,7 @@ from mlp_memory import artifacts
 from mlp_memory.artifacts import ArrayReader, ArraySpec, ChunkWriter, Directory
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.datastore.config import EmbedConfig
+from mlp_memory.datastore.store import KeyStore
 from mlp_memory.decoder.score import RowReader
 from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.decoder.windows import Ranges, cut, read
@@ -48,7 +49,7 @@ class Systems:
     joint: RowReader
     baseline: RowReader | None
     memory: Memory
-    keys: ArrayReader
+    keys: KeyStore
     valid_N: np.ndarray
     labels_N: np.ndarray
     scann: Search
@@ -57,7 +58,7 @@ class Systems:
     mesh: Mesh
 
     def exact(self, queries_QxD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Exact search over the datastore."""
+        """Exact search over the datastore, queries in its searched space."""
         return exact_search(self.keys, self.valid_N, queries_QxD, k)
 
     def predictor(self, weight: float, embed: EmbedConfig) -> Predictor:
@@ -66,7 +67,7 @@ class Systems:
 
     def knn(self, search: Search, taps_QxD: np.ndarray, next_Q: np.ndarray) -> np.ndarray:
         """log p_kNN(next token), [Q, temperatures]."""
-        rows_Qxk, sqdist_Qxk = search(taps_QxD, self.k)
+        rows_Qxk, sqdist_Qxk = search(self.keys.queries(taps_QxD), self.k)
         found = knn_log_prob(rows_Qxk, sqdist_Qxk, self.labels_N[rows_Qxk], self.temperatures, next_Q)
         return np.maximum(found, _FLOOR).T
 

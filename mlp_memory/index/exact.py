@@ -1,12 +1,12 @@
 """Exact nearest neighbours by brute force, in JAX: recall's oracle and kNN-LM's exact search."""
 
 import functools
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlp_memory.artifacts import Rows
 from mlp_memory.index.neighbors import nearest_first
 
 # Measured on 2 AVX-512 cores, 300k keys of d = 192, k = 256: three quarters of the time is the
@@ -18,14 +18,6 @@ _QUERY_ROWS = 256
 # Selection is by |k|² − 2 q·k, whose rounding may swap near ties; a few more are kept until
 # the distances are known in full.
 _SLACK = 16
-
-
-class Rows(Protocol):
-    """What has rows: `artifacts.ArrayReader` or a NumPy array, shape [N, D]."""
-
-    shape: tuple[int, ...]
-
-    def __getitem__(self, rows: slice) -> np.ndarray: ...
 
 
 def exact_search(

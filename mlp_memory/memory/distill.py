@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import ArrayReader, Directory, Manifest, UserError
+from mlp_memory.artifacts import ArrayReader, Directory, Manifest, Rows, UserError
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.memory.config import DistillConfig, MemoryConfig
 from mlp_memory.memory.mlp import Memory
@@ -36,14 +36,15 @@ _CHECKED_ROWS, _CHECKED_AT_ONCE = 1 << 22, 1 << 16
 
 
 class TargetSource:
-    """Training elements: blocks of rows with key, teacher and next token."""
+    """Training elements: blocks of rows with hidden state, teacher and next token."""
 
-    def __init__(self, stream: TokenStream, keys: ArrayReader, targets: Directory, block_rows: int):
-        self._stream, self._keys, self._block = stream, keys, block_rows
+    def __init__(self, stream: TokenStream, states: Rows, targets: Directory, block_rows: int):
+        self._stream, self._states, self._block = stream, states, block_rows
         self._ids, self._probs = ArrayReader(targets, "token_ids"), ArrayReader(targets, "probs")
-        if not len(stream) == len(keys) == len(self._ids) == len(self._probs):
+        rows = states.shape[0]
+        if not len(stream) == rows == len(self._ids) == len(self._probs):
             raise UserError(
-                f"corpus, datastore and targets have {len(stream)}, {len(keys)} and {len(self._ids)} rows: "
+                f"corpus, datastore and targets have {len(stream)}, {rows} and {len(self._ids)} rows: "
                 "run embed and retrieve again"
             )
         for start in range(0, min(len(stream), _CHECKED_ROWS), _CHECKED_AT_ONCE):
@@ -61,7 +62,7 @@ class TargetSource:
         start = index * self._block
         stop = min(start + self._block, len(self._stream))
         element = {
-            "h": self._keys[start:stop].astype(np.float32),
+            "h": self._states[start:stop].astype(np.float32),
             "token_ids": self._ids[start:stop].astype(np.int32),
             "probs": self._probs[start:stop].astype(np.float32),
             "labels": self._stream.labels(start, stop).astype(np.int32),
@@ -114,29 +115,29 @@ def distill(
     model_config: MemoryConfig,
     config: DistillConfig,
     stream: TokenStream,
-    keys: ArrayReader,
+    states: Rows,
     targets: Directory,
     validation: ValidationRows,
     mesh: Mesh,
 ) -> Manifest:
-    """Trains the memory on keys and teachers and publishes it as `directory`.
+    """Trains the memory on hidden states and teachers and publishes it as `directory`.
 
     Args:
       directory: where the artifact goes.
       manifest: of that artifact, begun.
       model_config: the shape, resolved.
       config: how to train.
-      stream, keys, targets: what to train on, row by row.
+      stream, states, targets: what to train on, row by row.
       validation: held-out rows.
       mesh: devices.
 
     Raises:
       UserError: arrays that do not belong together, a loss that is not finite.
     """
-    source = TargetSource(stream, keys, targets, config.block_rows)
-    if keys.shape[1] != model_config.input_dim:
+    source = TargetSource(stream, states, targets, config.block_rows)
+    if states.shape[1] != model_config.input_dim:
         raise UserError(
-            f"the datastore's keys have {keys.shape[1]} dimensions, the memory reads "
+            f"the datastore's states have {states.shape[1]} dimensions, the memory reads "
             f"{model_config.input_dim}: run embed again"
         )
     if model_config.vocab_size < stream.vocab_size:

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlp_memory.artifacts import ArrayReader, ChunkWriter, Directory, UserError, as_dtype, begin
+from mlp_memory.artifacts import ArrayReader, ChunkWriter, Directory, UserError, as_dtype, begin, config_dict
 from mlp_memory.datastore.config import EmbedConfig
-from mlp_memory.datastore.embed import embed, key_spec, row_reader
+from mlp_memory.datastore.embed import embed, key_specs, row_reader
 
 CONFIG = EmbedConfig(context=10, stride=4, chunk_rows=16, batch_windows=3)
 
 
 def embedded(folder, config, decoder, stream, mesh) -> np.ndarray:
     directory = Directory(folder)
-    spec = key_spec(config, len(stream), decoder.config.dim)
-    manifest = begin(directory, "datastore", {}, {}, {"keys": spec})
+    arrays = key_specs(config, len(stream), decoder.config.dim)
+    manifest = begin(directory, "datastore", {"embed": config_dict(config)}, {}, arrays)
     done = embed(directory, manifest, config, decoder, stream, mesh)
     assert done.facts["rows"] == len(stream)
     return ArrayReader(directory, "keys")[0 : len(stream)]
@@ -102,7 +102,11 @@ def test_a_context_beyond_the_learned_positions_is_refused(
     [
         {"stride": 0},
         {"stride": 11, "context": 10},
-        {"key_dtype": "int8"},
+        {"key_dtype": "int4"},
+        {"key_dim": -1},
+        {"key_dim": 20, "projection_rows": 19},
+        {"projection_rows": 0},
+        {"store": "some"},
         {"dtype": "float64"},
         {"chunk_rows": 0},
         {"batch_windows": 0},
