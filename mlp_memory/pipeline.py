@@ -16,6 +16,7 @@ from mlp_memory.job import TOKENIZER, Job
 
 if TYPE_CHECKING:
     from mlp_memory.evaluation.score import Systems
+    from mlp_memory.targets.units import Inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,16 +133,24 @@ def _index(job: Job, directory: Directory) -> None:
 
 
 def _retrieve(job: Job, directory: Directory) -> None:
-    from mlp_memory.index.scann_index import ScannIndex
     from mlp_memory.targets.retrieve import Validation, retrieve
 
     config, validation = job.config.retrieve, None
     if config.temperature == "auto":
         rows = job.held_out(config.validation_rows)
         validation = Validation(rows.taps_NxD, rows.base_log_prob_N, rows.labels_N)
-    index = ScannIndex.load(job.workdir / "index")
     parents = job.fingerprints(*find_stage("retrieve").parents(job.config))
-    retrieve(directory, job.stream("train"), job.keys(), index, parents, config, validation)
+    inputs = functools.partial(retrieve_inputs, job.workdir.location, job.config)
+    retrieve(directory, inputs, parents, config, validation, job.config.fleet)
+
+
+def retrieve_inputs(location: str, config: Config) -> "Inputs":
+    """What retrieve reads, opened in any process that sees the workdir."""
+    from mlp_memory.targets.todays_index import TodaysIndex
+    from mlp_memory.targets.units import Inputs
+
+    job = Job(Directory(location), config)
+    return Inputs(job.stream("train"), job.keys(), TodaysIndex(job.workdir / "index"))
 
 
 def _distill(job: Job, directory: Directory) -> None:
