@@ -15,6 +15,7 @@ from mlp_memory.config import Config, config_json
 from mlp_memory.job import TOKENIZER, Job
 
 if TYPE_CHECKING:
+    from mlp_memory.datastore import embed as embedding
     from mlp_memory.evaluation.score import Systems
     from mlp_memory.targets.units import Inputs
 
@@ -117,11 +118,19 @@ def import_stage(job: Job) -> Stage:
 def _embed(job: Job, directory: Directory) -> None:
     from mlp_memory.datastore.embed import embed, key_spec
 
-    decoder, _ = job.decoder()
-    stream = job.stream("train")
-    spec = key_spec(job.config.embed, len(stream), decoder.config.dim)
+    job.manifest("decoder")
+    spec = key_spec(job.config.embed, len(job.stream("train")), job.decoder_config.dim)
     manifest = _begin("embed", "datastore", job, directory, {"keys": spec})
-    embed(directory, manifest, job.config.embed, decoder, stream, job.mesh)
+    inputs = functools.partial(embed_inputs, job.workdir.location, job.config)
+    embed(directory, manifest, job.config.embed, inputs, job.config.fleet)
+
+
+def embed_inputs(location: str, config: Config) -> "embedding.Inputs":
+    """What embed reads, opened in any process that sees the workdir."""
+    from mlp_memory.datastore.embed import Inputs
+
+    job = Job(Directory(location), config)
+    return Inputs(job.decoder()[0], job.stream("train"), job.mesh)
 
 
 def _index(job: Job, directory: Directory) -> None:

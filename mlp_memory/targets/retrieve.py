@@ -194,7 +194,7 @@ class _Work:
         def count(unit: Unit) -> None:
             progress.advance(self._share(unit), written=self._bytes(unit))
 
-        notes = self._directory / UNITS
+        notes = self._directory / f"{UNITS}/failures"
         run_units("retrieve", self._make_worker, groups, self._fleet, finished, count, progress.note, notes)
 
     def _searched(self, blocks: list[int]) -> set[Unit]:

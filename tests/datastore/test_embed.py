@@ -8,7 +8,7 @@ from flax import nnx
 
 from mlp_memory.artifacts import ArrayReader, ChunkWriter, Directory, UserError, as_dtype, begin
 from mlp_memory.datastore.config import EmbedConfig
-from mlp_memory.datastore.embed import embed, key_spec, row_reader
+from mlp_memory.datastore.embed import Inputs, embed, key_spec, row_reader
 
 CONFIG = EmbedConfig(context=10, stride=4, chunk_rows=16, batch_windows=3)
 
@@ -17,7 +17,7 @@ def embedded(folder, config, decoder, stream, mesh) -> np.ndarray:
     directory = Directory(folder)
     spec = key_spec(config, len(stream), decoder.config.dim)
     manifest = begin(directory, "datastore", {}, {}, {"keys": spec})
-    done = embed(directory, manifest, config, decoder, stream, mesh)
+    done = embed(directory, manifest, config, lambda: Inputs(decoder, stream, mesh))
     assert done.facts["rows"] == len(stream)
     return ArrayReader(directory, "keys")[0 : len(stream)]
 
