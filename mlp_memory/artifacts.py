@@ -348,6 +348,15 @@ def _open(directory: Directory, name: str, spec: ArraySpec, create: bool) -> ts.
     ).result()
 
 
+def written_chunks(directory: Directory) -> set[int]:
+    """The chunks that have been written of an unfinished array artifact, by whomever."""
+    return {int(name.removesuffix(".json")) for name in (directory / "chunks").names()}
+
+
+def _mark(chunk: int) -> str:
+    return f"chunks/{chunk:08d}.json"
+
+
 class ChunkWriter:
     """Writes an artifact's arrays chunk by whole chunk; knows which are still missing.
 
@@ -362,11 +371,7 @@ class ChunkWriter:
         self.directory, self.manifest = directory, manifest
         self.rows_total, self.chunk_rows = specs[0].shape[0], specs[0].chunk_shape[0]
         self._stores = {n: _open(directory, n, s, create=True) for n, s in manifest.arrays.items()}
-        self._marks = {
-            int(key[len("chunks/") : -len(".json")]): json.loads(directory.read(key))
-            for key in directory.names()
-            if key.startswith("chunks/")
-        }
+        self._marks = {chunk: json.loads(directory.read(_mark(chunk))) for chunk in written_chunks(directory)}
 
     def __len__(self) -> int:
         return -(-self.rows_total // self.chunk_rows)
@@ -401,7 +406,7 @@ class ChunkWriter:
                 future.result()
         except ValueError as error:
             raise UserError(f"cannot write {self.directory}: {first_line(error)}") from error
-        self.directory.write(f"chunks/{chunk:08d}.json", canonical_json(marks).encode())
+        self.directory.write(_mark(chunk), canonical_json(marks).encode())
         self._marks[chunk] = marks
 
     def finish(self, **facts: Any) -> Manifest:

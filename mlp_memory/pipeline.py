@@ -15,7 +15,9 @@ from mlp_memory.config import Config, config_json
 from mlp_memory.job import TOKENIZER, Job
 
 if TYPE_CHECKING:
+    from mlp_memory.datastore import embed as embedding
     from mlp_memory.evaluation.score import Systems
+    from mlp_memory.targets.units import Inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +118,19 @@ def import_stage(job: Job) -> Stage:
 def _embed(job: Job, directory: Directory) -> None:
     from mlp_memory.datastore.embed import embed, key_specs
 
-    decoder, _ = job.decoder()
-    stream = job.stream("train")
-    arrays = key_specs(job.config.embed, len(stream), decoder.config.dim)
-    manifest = _begin("embed", "datastore", job, directory, arrays)
-    embed(directory, manifest, job.config.embed, decoder, stream, job.mesh)
+    job.manifest("decoder")
+    shape = (len(job.stream("train")), job.decoder_config.dim)
+    manifest = _begin("embed", "datastore", job, directory, key_specs(job.config.embed, *shape))
+    inputs = functools.partial(embed_inputs, job.workdir.location, job.config)
+    embed(directory, manifest, job.config.embed, shape, inputs, job.config.fleet)
+
+
+def embed_inputs(location: str, config: Config) -> "embedding.Inputs":
+    """What embed reads, opened in any process that sees the workdir."""
+    from mlp_memory.datastore.embed import Inputs
+
+    job = Job(Directory(location), config)
+    return Inputs(job.decoder()[0], job.stream("train"), job.mesh)
 
 
 def _index(job: Job, directory: Directory) -> None:
@@ -132,16 +142,24 @@ def _index(job: Job, directory: Directory) -> None:
 
 
 def _retrieve(job: Job, directory: Directory) -> None:
-    from mlp_memory.index.scann_index import ScannIndex
     from mlp_memory.targets.retrieve import Validation, retrieve
 
     config, validation, keys = job.config.retrieve, None, job.keys()
     if config.temperature == "auto":
         rows = job.held_out(config.validation_rows)
         validation = Validation(keys.queries(rows.taps_NxD), rows.base_log_prob_N, rows.labels_N)
-    index = ScannIndex.load(job.workdir / "index")
     parents = job.fingerprints(*find_stage("retrieve").parents(job.config))
-    retrieve(directory, job.stream("train"), keys, index, parents, config, validation)
+    inputs = functools.partial(retrieve_inputs, job.workdir.location, job.config)
+    retrieve(directory, inputs, parents, config, validation, job.config.fleet)
+
+
+def retrieve_inputs(location: str, config: Config) -> "Inputs":
+    """What retrieve reads, opened in any process that sees the workdir."""
+    from mlp_memory.targets.todays_index import TodaysIndex
+    from mlp_memory.targets.units import Inputs
+
+    job = Job(Directory(location), config)
+    return Inputs(job.stream("train"), job.keys(), TodaysIndex(job.workdir / "index"))
 
 
 def _distill(job: Job, directory: Directory) -> None:

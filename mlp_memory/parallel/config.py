@@ -1,9 +1,9 @@
-"""The sizes of a mesh."""
+"""The sizes of a mesh, and who does the units of embed and retrieve."""
 
 import dataclasses
 
-from mlp_memory.artifacts import UserError
-from mlp_memory.settings import check_whole
+from mlp_memory.artifacts import UserError, runtime
+from mlp_memory.settings import check_positive, check_whole
 
 AXES = ("slice", "data", "fsdp", "tensor")
 
@@ -39,3 +39,41 @@ class MeshConfig:
                 f"does not fit {devices} device(s): set mesh.data=-1 or other sizes"
             )
         return (self.slice, data, self.fsdp, self.tensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class FleetConfig:
+    """Who does the work of embed and retrieve, which comes in units (see `fleet.run_units`).
+
+    Attributes:
+      runner: "in_process", or an Apache Beam runner: "DirectRunner" for processes of this
+        machine, "FlinkRunner", "SparkRunner", "DataflowRunner".
+      workers: processes at work.
+      options: more flags for Beam, as on a command line: ("--flink_master=host:8081",).
+      attempts: pipelines started for the same units before the run gives up. A worker that is
+        killed ends a pipeline, and the next one does what is missing.
+      patience: seconds without a finished unit after which a pipeline is taken to hang.
+    """
+
+    runner: str = runtime("in_process")
+    workers: int = runtime(1)
+    options: tuple[str, ...] = runtime(())
+    attempts: int = runtime(3)
+    patience: float = runtime(3600.0)
+
+    def __post_init__(self):
+        check_whole(self, {"workers": 1, "attempts": 1})
+        check_positive(self, "patience")
+        if not isinstance(self.runner, str) or not self.runner:
+            raise UserError(f'fleet.runner = {self.runner!r}: give "in_process" or the name of a Beam runner')
+        if not all(isinstance(option, str) and option.startswith("--") for option in self.options):
+            raise UserError(f'fleet.options = {self.options!r}: give flags, ("--name=value",)')
+        if self.in_process and self.workers > 1:
+            raise UserError(
+                f'fleet.workers = {self.workers} with fleet.runner = "in_process": '
+                'set fleet.runner = "DirectRunner" for so many processes'
+            )
+
+    @property
+    def in_process(self) -> bool:
+        return self.runner == "in_process"

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mlp_memory.artifacts import UserError
+from mlp_memory.artifacts import UserError, runtime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,8 @@ class RetrieveConfig:
         dimension are served by one grid.
       validation_rows: rows of the validation split that decide "auto"; a sample if it has more.
       chunk_rows: rows searched and written at a time.
+      spill_gigabytes: disk space for the candidates that several shards give before they are
+        merged, 8 bytes each. Less means more rounds, and each loads every shard again.
     """
 
     k: int = 256
@@ -27,6 +29,7 @@ class RetrieveConfig:
     temperatures: tuple[float, ...] = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
     validation_rows: int = 4096
     chunk_rows: int = 16384
+    spill_gigabytes: float = runtime(8.0)
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= 65535:
@@ -34,6 +37,8 @@ class RetrieveConfig:
         for name in ("top_m", "validation_rows", "chunk_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"retrieve.{name} = {getattr(self, name)}: give 1 or more")
+        if not self.spill_gigabytes > 0:
+            raise UserError(f"retrieve.spill_gigabytes = {self.spill_gigabytes!r}: give a number above 0")
         if self.temperature != "auto" and not (
             isinstance(self.temperature, int | float) and 0 < self.temperature < float("inf")
         ):

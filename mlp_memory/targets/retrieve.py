@@ -1,36 +1,38 @@
 """The retrieve stage: every row's neighbours, turned into its sparse target."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlp_memory.artifacts import ArrayReader, ArraySpec, ChunkWriter, Directory, UserError, begin, config_dict
-from mlp_memory.index.neighbors import exclude_self
+from mlp_memory.artifacts import (
+    ArrayReader,
+    ArraySpec,
+    ChunkWriter,
+    Directory,
+    UserError,
+    begin,
+    config_dict,
+    written_chunks,
+)
+from mlp_memory.parallel.config import FleetConfig
+from mlp_memory.parallel.fleet import run_units
+from mlp_memory.targets.candidates import CandidateLists
 from mlp_memory.targets.config import RetrieveConfig
-from mlp_memory.targets.knn import knn_distribution
 from mlp_memory.targets.temperature import choose_temperature, median_spread
+from mlp_memory.targets.units import (
+    UNITS,
+    Inputs,
+    Merge,
+    NextTokens,
+    Search,
+    Stream,
+    Unit,
+    Worker,
+    spilled_bytes,
+)
 from mlp_memory.training.progress import Progress
-
-
-class Stream(Protocol):
-    """What the stage asks of the token stream (corpus/stream.py)."""
-
-    vocab_size: int
-
-    def __len__(self) -> int: ...
-
-    def has_next(self, start: int, stop: int) -> np.ndarray: ...
-
-    def labels(self, start: int, stop: int) -> np.ndarray: ...
-
-
-class Index(Protocol):
-    """What the stage asks of an index: `index.scann_index.ScannIndex`."""
-
-    facts: dict[str, Any]
-
-    def search(self, queries_QxD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 class Validation(NamedTuple):
@@ -49,12 +51,11 @@ class Validation(NamedTuple):
 
 def retrieve(
     directory: Directory,
-    stream: Stream,
-    keys_reader: ArrayReader,
-    index: Index,
+    open_inputs: Callable[[], Inputs],
     parents: Mapping[str, str],
     config: RetrieveConfig,
     validation: Validation | tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    fleet: FleetConfig | None = None,
 ) -> None:
     """Writes WORKDIR/targets; goes on where an earlier start stopped.
 
@@ -70,58 +71,163 @@ def retrieve(
     Facts: k, temperature, temperature_choice (how, and what the others gave), recall,
     mean_kept_mass, mean_support, rows_with_fewer_neighbours.
 
-    Memory: the labels (4 bytes per row), and 30·k bytes per row of a chunk.
+    An index of several shards is searched in rounds: every shard in turn for so many blocks
+    that their candidates fit `config.spill_gigabytes`, then the blocks merged. Each shard is so
+    loaded once a round, and by one process or by many (`fleet`) the bytes are the same. Memory of
+    a process: see `units.Worker`; here also the search of the validation sample.
+
+    Args:
+      directory: WORKDIR/targets.
+      open_inputs: opens what is read. It runs once here and once in each process of a fleet,
+        for which it must be picklable.
+      parents: fingerprints for the manifest.
+      config: what to make.
+      validation: decides the temperature where that is "auto"; keys in the search space.
+      fleet: who does the work; this process if None.
 
     Raises:
       UserError: temperature is "auto" and there is no validation sample; the folder holds
         targets made otherwise; keys and stream differ in length.
     """
-    rows, top_m = len(stream), min(config.top_m, config.k)
-    if keys_reader.shape[0] != rows:
+    fleet = fleet or FleetConfig()
+    inputs = open_inputs()
+    stream, rows = inputs.stream, len(inputs.stream)
+    if inputs.keys.shape[0] != rows:
         raise UserError(
-            f"the datastore has {keys_reader.shape[0]} rows, the token stream {rows}: run embed again"
+            f"the datastore has {inputs.keys.shape[0]} rows, the token stream {rows}: run embed again"
         )
     if config.temperature == "auto" and (validation is None or not len(validation[2])):
         raise UserError(
             'retrieve.temperature = "auto" needs a validation split and there is none: give a number'
         )
-    arrays = {
+    manifest = begin(directory, "targets", config_dict(config), parents, _arrays(stream, config))
+    if manifest.finished:
+        return
+    tau, choice = _temperature(inputs, config, validation)
+    shards, recall = inputs.index.shards, inputs.index.facts.get("recall")
+    writer = ChunkWriter(directory, manifest)  # makes the arrays, which workers then find
+    if fleet.in_process:
+        worker = Worker(directory, inputs, config, tau)
+        work = _Work(directory, writer, stream, config, shards, lambda: worker, fleet)
+    else:
+        make = functools.partial(_make_worker, directory.location, open_inputs, config, tau)
+        work = _Work(directory, writer, stream, config, shards, make, fleet)
+        del inputs  # a shard and the keys' cache: workers have their own
+    work.run()
+    ChunkWriter(directory, manifest).finish(
+        k=config.k,
+        temperature=tau,
+        temperature_choice=choice,
+        recall=recall,
+        **_summary(directory, stream, config),
+    )
+
+
+def _make_worker(
+    location: str, open_inputs: Callable[[], Inputs], config: RetrieveConfig, tau: float
+) -> Worker:
+    return Worker(Directory(location), open_inputs(), config, tau)
+
+
+def _arrays(stream: Stream, config: RetrieveConfig) -> dict[str, ArraySpec]:
+    rows, top_m = len(stream), min(config.top_m, config.k)
+    return {
         "token_ids": ArraySpec((rows, top_m), _token_dtype(stream.vocab_size), config.chunk_rows),
         "probs": ArraySpec((rows, top_m), "float16", config.chunk_rows),
         "kept_mass": ArraySpec((rows,), "float32", config.chunk_rows),
         "neighbours": ArraySpec((rows,), "uint16", config.chunk_rows),
         "support": ArraySpec((rows,), "uint16", config.chunk_rows),
     }
-    manifest = begin(directory, "targets", config_dict(config), parents, arrays)
-    if manifest.finished:
-        return
-    labels_N = stream.labels(0, rows)
-    tau, choice = _temperature(index, labels_N, config, validation)
-    writer = ChunkWriter(directory, manifest)
-    missing = writer.missing()
-    done = rows - sum(stop - start for start, stop in map(writer.rows, missing))
-    with Progress("retrieve", rows, "rows", done) as progress:
-        for chunk in missing:
-            start, stop = writer.rows(chunk)
-            targets = _chunk_targets(start, stop, stream, keys_reader, index, labels_N, tau, config)
-            writer.write(chunk, **targets)
-            progress.advance(stop - start)
-    writer.finish(
-        k=config.k,
-        temperature=tau,
-        temperature_choice=choice,
-        recall=index.facts.get("recall"),
-        **_summary(directory, stream, config),
-    )
+
+
+class _Work:
+    """The units of one start: what is missing, in which order, and how much it is."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        writer: ChunkWriter,
+        stream: Stream,
+        config: RetrieveConfig,
+        shards: int,
+        make_worker: Callable[[], Callable[[Unit], None]],
+        fleet: FleetConfig,
+    ):
+        self._directory, self._writer, self._config, self._shards = directory, writer, config, shards
+        self._make_worker, self._fleet, self._stream_rows = make_worker, fleet, len(stream)
+        self._lists = CandidateLists(directory / UNITS, len(stream))
+        self._row_bytes = sum(
+            spec.chunk_bytes // spec.chunk_shape[0] for spec in writer.manifest.arrays.values()
+        )
+
+    def run(self) -> None:
+        """Does every missing unit."""
+        missing = self._writer.missing()
+        finished = set(range(len(self._writer))) - set(missing)
+        done = sum(map(self._rows, finished))
+        spills = self._shards > 1
+        if spills:
+            for block in finished:
+                self._lists.delete(block)  # a kill came before they were deleted
+            there = {block: self._lists.shards(block) for block in missing}
+            done += sum(self._share(Search(s, block)) for block in missing for s in there[block])
+        with Progress("retrieve", self._stream_rows, "rows", done) as progress:
+            for blocks in self._rounds(missing) if spills else [missing]:
+                if spills:
+                    searches = [
+                        [Search(s, block) for block in blocks if s not in there[block]]
+                        for s in range(self._shards)
+                    ]
+                    self._run(progress, searches, functools.partial(self._searched, blocks))
+                self._run(progress, [[Merge(block) for block in blocks]], self._merged)
+                if spills:
+                    for block in blocks:
+                        self._lists.delete(block)
+
+    def _rounds(self, missing: list[int]) -> Iterator[list[int]]:
+        """Consecutive blocks whose candidates fit the disk space allowed; one block at least."""
+        block_bytes = self._shards * spilled_bytes(self._writer.chunk_rows, self._stream_rows, self._config)
+        size = max(int(self._config.spill_gigabytes * 1e9) // block_bytes, 1)
+        return (missing[first : first + size] for first in range(0, len(missing), size))
+
+    def _run(self, progress: Progress, groups: list[list[Unit]], finished: Callable[[], set[Unit]]) -> None:
+        def count(unit: Unit) -> None:
+            progress.advance(self._share(unit), written=self._bytes(unit))
+
+        notes = self._directory / f"{UNITS}/failures"
+        run_units("retrieve", self._make_worker, groups, self._fleet, finished, count, progress.note, notes)
+
+    def _searched(self, blocks: list[int]) -> set[Unit]:
+        return {Search(shard, block) for block in blocks for shard in self._lists.shards(block)}
+
+    def _merged(self) -> set[Unit]:
+        return {Merge(block) for block in written_chunks(self._directory)}
+
+    def _rows(self, block: int) -> int:
+        start, stop = self._writer.rows(block)
+        return stop - start
+
+    def _share(self, unit: Unit) -> int:
+        """Rows that the unit counts for: a block's rows in all, and nearly all the work is search."""
+        rows = self._rows(unit.block)
+        if self._shards == 1:
+            return rows
+        if isinstance(unit, Merge):
+            return 0
+        return rows * (unit.shard + 1) // self._shards - rows * unit.shard // self._shards
+
+    def _bytes(self, unit: Unit) -> int:
+        rows = self._rows(unit.block)
+        if isinstance(unit, Merge):
+            return rows * self._row_bytes
+        return spilled_bytes(rows, self._stream_rows, self._config)
 
 
 def _token_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def _temperature(
-    index: Index, labels_N: np.ndarray, config: RetrieveConfig, validation: Any
-) -> tuple[float, dict[str, Any]]:
+def _temperature(inputs: Inputs, config: RetrieveConfig, validation: Any) -> tuple[float, dict[str, Any]]:
     """τ, and how it came about; the same at every start, so that a resumed run agrees."""
     if config.temperature != "auto":
         return float(config.temperature), {"how": "given"}
@@ -129,52 +235,17 @@ def _temperature(
     # Spread over the whole split: neighbouring positions say much the same.
     count = min(config.validation_rows, len(next_token_Q))
     sample = np.arange(count) * len(next_token_Q) // count
-    rows_Qxk, sqdist_Qxk = index.search(keys_QxD[sample], config.k)
+    rows_Qxk, sqdist_Qxk = inputs.index.search(np.asarray(keys_QxD[sample], np.float32), config.k)
     spread = median_spread(sqdist_Qxk)
     best = choose_temperature(
         sqdist_Qxk,
-        labels_N[rows_Qxk],
+        NextTokens(inputs.stream)[rows_Qxk],
         base_log_prob_Q[sample],
         next_token_Q[sample],
         [multiple * spread for multiple in config.temperatures],
     )
     how = f"least validation loss of the interpolation over {count} rows"
     return best.tau, {"how": how, "lambda": best.lam, "median_spread": spread, **best.table}
-
-
-def _chunk_targets(
-    start: int,
-    stop: int,
-    stream: Stream,
-    keys_reader: ArrayReader,
-    index: Index,
-    labels_N: np.ndarray,
-    tau: float,
-    config: RetrieveConfig,
-) -> dict[str, np.ndarray]:
-    """One chunk of every array."""
-    top_m = min(config.top_m, config.k)
-    arrays = {
-        "token_ids": np.zeros((stop - start, top_m), _token_dtype(stream.vocab_size)),
-        "probs": np.zeros((stop - start, top_m), np.float16),
-        "kept_mass": np.zeros(stop - start, np.float32),
-        "neighbours": np.zeros(stop - start, np.uint16),
-        "support": np.zeros(stop - start, np.uint16),
-    }
-    asking_Q = np.flatnonzero(stream.has_next(start, stop))
-    if not len(asking_Q):
-        return arrays
-    queries_QxD = np.asarray(keys_reader[start:stop])[asking_Q].astype(np.float32)
-    found = index.search(queries_QxD, config.k + 1)
-    rows_Qxk, sqdist_Qxk = exclude_self(*found, asking_Q + start, config.k)
-    targets = knn_distribution(rows_Qxk, sqdist_Qxk, labels_N[rows_Qxk], tau, top_m)
-    probs_QxM = targets.probs_QxM.astype(np.float16)
-    arrays["probs"][asking_Q] = probs_QxM
-    arrays["token_ids"][asking_Q] = np.where(probs_QxM > 0, targets.token_ids_QxM, 0)
-    arrays["kept_mass"][asking_Q] = targets.kept_mass_Q
-    arrays["neighbours"][asking_Q] = (rows_Qxk >= 0).sum(axis=1)
-    arrays["support"][asking_Q] = targets.support_Q
-    return arrays
 
 
 def _summary(directory: Directory, stream: Stream, config: RetrieveConfig) -> dict[str, Any]:

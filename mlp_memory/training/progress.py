@@ -23,6 +23,7 @@ class Progress:
         self._what, self._total, self._unit = what, total, unit
         self._start_done, self._done, self._start = done, done, time.monotonic()
         self._last_line, self._printed, self._figures = self._start, None, {}
+        self._written = 0
         self._bar = (
             tqdm(total=total, initial=done, unit=f" {unit}", desc=what, unit_scale=True, dynamic_ncols=True)
             if sys.stderr.isatty()
@@ -42,12 +43,19 @@ class Progress:
         ):
             self._print_line()
 
-    def advance(self, count: int, **figures: float) -> None:
-        """Counts `count` more units; `figures` (a loss, say) are shown beside the rate."""
+    def advance(self, count: int, written: int = 0, **figures: float) -> None:
+        """Counts `count` more units and `written` more bytes.
+
+        `figures` (a loss, say) are shown beside the rate.
+        """
         self._done += count
+        self._written += written
         self._figures.update(figures)
         if self._bar is not None:
-            self._bar.set_postfix({k: f"{v:.4g}" for k, v in self._figures.items()}, refresh=False)
+            shown = {k: f"{v:.4g}" for k, v in self._figures.items()}
+            if self._written:
+                shown["written"] = f"{tqdm.format_sizeof(self._written)}B"
+            self._bar.set_postfix(shown, refresh=False)
             self._bar.update(count)
         elif time.monotonic() - self._last_line >= _LINE_SECONDS:
             self._print_line()
@@ -64,6 +72,8 @@ class Progress:
         rate = (self._done - self._start_done) / max(now - self._start, 1e-9)
         left = (self._total - self._done) / rate if rate > 0 else float("inf")
         figures = "".join(f", {k} {v:.4g}" for k, v in self._figures.items())
+        if self._written:
+            figures += f", {tqdm.format_sizeof(self._written)}B written"
         share = 100.0 * self._done / max(self._total, 1)
         print(
             f"{self._what}: {self._done:,} of {self._total:,} {self._unit} ({share:.0f} %), "

@@ -8,16 +8,16 @@ from flax import nnx
 
 from mlp_memory.artifacts import ArrayReader, ChunkWriter, Directory, UserError, as_dtype, begin, config_dict
 from mlp_memory.datastore.config import EmbedConfig
-from mlp_memory.datastore.embed import embed, key_specs, row_reader
+from mlp_memory.datastore.embed import Inputs, embed, key_specs, row_reader
 
 CONFIG = EmbedConfig(context=10, stride=4, chunk_rows=16, batch_windows=3)
 
 
 def embedded(folder, config, decoder, stream, mesh) -> np.ndarray:
     directory = Directory(folder)
-    arrays = key_specs(config, len(stream), decoder.config.dim)
-    manifest = begin(directory, "datastore", {"embed": config_dict(config)}, {}, arrays)
-    done = embed(directory, manifest, config, decoder, stream, mesh)
+    shape = (len(stream), decoder.config.dim)
+    manifest = begin(directory, "datastore", {"embed": config_dict(config)}, {}, key_specs(config, *shape))
+    done = embed(directory, manifest, config, shape, lambda: Inputs(decoder, stream, mesh))
     assert done.facts["rows"] == len(stream)
     return ArrayReader(directory, "keys")[0 : len(stream)]
 

@@ -6,11 +6,12 @@ import pytest
 
 from mlp_memory.artifacts import ArrayReader, ArraySpec, ChunkWriter, Directory, UserError, begin, peek
 from mlp_memory.index.config import IndexConfig
-from mlp_memory.index.scann_index import ScannIndex
 from mlp_memory.index.stage import build_index
-from mlp_memory.targets import retrieve as retrieve_module
+from mlp_memory.targets import units as units_module
 from mlp_memory.targets.config import RetrieveConfig
 from mlp_memory.targets.retrieve import Validation, retrieve
+from mlp_memory.targets.todays_index import TodaysIndex
+from mlp_memory.targets.units import Inputs
 
 N, D, VOCAB = 5300, 12, 50
 CONFIG = RetrieveConfig(k=16, top_m=6, chunk_rows=1000, validation_rows=64)
@@ -44,8 +45,11 @@ class World:
     stream: Documents
     keys: np.ndarray
     reader: ArrayReader
-    index: ScannIndex
+    index: TodaysIndex
     validation: Validation
+
+    def inputs(self) -> Inputs:
+        return Inputs(self.stream, self.reader, self.index)
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +72,11 @@ def world(tmp_path_factory):
     validation = Validation(
         rng.normal(size=(300, D)), np.log(rng.uniform(0.01, 0.2, 300)), rng.integers(0, VOCAB, 300)
     )
-    return World(stream, keys, reader, ScannIndex.load(Directory(path / "index")), validation)
+    return World(stream, keys, reader, TodaysIndex(Directory(path / "index")), validation)
 
 
 def run(world, path, config=CONFIG):
-    retrieve(Directory(path), world.stream, world.reader, world.index, PARENTS, config, world.validation)
+    retrieve(Directory(path), world.inputs, PARENTS, config, world.validation)
     return peek(Directory(path))
 
 
@@ -123,7 +127,7 @@ def test_rows_without_next_token_have_empty_targets_and_are_nobodys_neighbour(wo
 
 def test_a_run_stopped_within_a_chunk_and_resumed_gives_the_same_bytes(world, tmp_path, monkeypatch):
     run(world, tmp_path / "straight")
-    real = retrieve_module.knn_distribution
+    real = units_module.knn_distribution
     for chunks in (0, 1, 4):
         path, calls = tmp_path / f"stopped-{chunks}", iter(range(chunks))
 
@@ -132,23 +136,23 @@ def test_a_run_stopped_within_a_chunk_and_resumed_gives_the_same_bytes(world, tm
                 raise KeyboardInterrupt
             return real(*args)
 
-        monkeypatch.setattr(retrieve_module, "knn_distribution", stop_after)
+        monkeypatch.setattr(units_module, "knn_distribution", stop_after)
         with pytest.raises(KeyboardInterrupt):
             run(world, path)
         assert not peek(Directory(path)).finished
-        monkeypatch.setattr(retrieve_module, "knn_distribution", real)
+        monkeypatch.setattr(units_module, "knn_distribution", real)
         run(world, path)
         assert digests(path) == digests(tmp_path / "straight")
 
 
 def test_temperature_is_taken_as_given_or_needs_validation(world, tmp_path):
     given = dataclasses.replace(CONFIG, temperature=12.5)
-    retrieve(Directory(tmp_path / "a"), world.stream, world.reader, world.index, PARENTS, given)
+    retrieve(Directory(tmp_path / "a"), world.inputs, PARENTS, given)
     facts = peek(Directory(tmp_path / "a")).facts
     assert facts["temperature"] == 12.5
     assert facts["temperature_choice"] == {"how": "given"}
     with pytest.raises(UserError, match="needs a validation split"):
-        retrieve(Directory(tmp_path / "b"), world.stream, world.reader, world.index, PARENTS, CONFIG)
+        retrieve(Directory(tmp_path / "b"), world.inputs, PARENTS, CONFIG)
     with pytest.raises(UserError, match=r"temperature = 12.5, now it is 3"):
         run(world, tmp_path / "a", dataclasses.replace(CONFIG, temperature=3))
 
