@@ -62,6 +62,8 @@ def knn_distribution(
     mass_Qxk = np.zeros((queries, k), np.float32)
     if starts.size:
         mass_Qxk.reshape(-1)[starts] = np.add.reduceat(weights_Qxk.reshape(-1).astype(np.float64), starts)
+    # Less than this may round to no probability at all once divided by the total.
+    mass_Qxk[mass_Qxk < np.finfo(np.float32).tiny] = 0
     total_Q = mass_Qxk.sum(axis=1, dtype=np.float64)
     support_Q = (mass_Qxk > 0).sum(axis=1, dtype=np.int32)
 
