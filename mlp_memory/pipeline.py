@@ -6,6 +6,7 @@ inside the stage that needs them: a training process never loads TensorFlow, seq
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +184,7 @@ def _baseline(job: Job, directory: Directory) -> None:
 def _evaluate(job: Job, directory: Directory) -> None:
     from mlp_memory.corpus.vocabulary import Vocabulary
     from mlp_memory.evaluation import stage
+    from mlp_memory.targets.certificate import NAME as CERTIFICATE
     from mlp_memory.training.metrics import read_metrics
 
     manifest = _begin("evaluate", "report", job, directory)
@@ -191,6 +193,7 @@ def _evaluate(job: Job, directory: Directory) -> None:
         trained["baseline"] = "baseline"
     facts = {name: job.manifest(folder).facts for name, folder in trained.items()}
     corpora = {split: job.stream(split) for split in ("validation", "test", "train")}
+    certificate = (job.workdir / "targets").read(CERTIFICATE)
     stage.evaluate(
         directory,
         manifest,
@@ -206,6 +209,7 @@ def _evaluate(job: Job, directory: Directory) -> None:
             curves={name: read_metrics(job.workdir / folder) for name, folder in trained.items()},
             settings=config_json(job.config),
             corpus={split: stream.manifest.facts for split, stream in corpora.items()},
+            certificate=json.loads(certificate) if certificate else None,
         ),
     )
 
