@@ -4,55 +4,67 @@ A row is never its own neighbour. A user may leave out more: the rows beside it,
 document, or every row that has read the same last tokens (a repeated text).
 """
 
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from mlp_memory.index.neighbors import drop
 from mlp_memory.targets.config import RetrieveConfig
+from mlp_memory.targets.ngrams import Grams, Stream
 
 _ROWS_SERVED = 0.99
-# No more than so many times k candidates are asked for on account of documents: a document may
-# have more rows than any search should return.
-_MOST_OF_DOCUMENT = 4
-# Rows with one context are few unless a text is repeated; a quarter of k is asked for on their account.
-_CONTEXT_SHARE = 4
+# No more than so many times k candidates are asked for on account of documents, or of contexts:
+# more rows may be excluded than any search should return.
+_MOST_TIMES_K = 4
+_SAMPLED_CONTEXTS = 1024
 
 
-class Rows(Protocol):
-    """Tokens by row: `corpus.stream.TokenReader` or a NumPy array."""
+class _Contexts(NamedTuple):
+    """Contexts of n tokens each, as a stream of documents."""
 
-    def __getitem__(self, rows: slice) -> np.ndarray: ...
-
-
-class Stream(Protocol):
-    """What exclusion asks of the token stream (corpus/stream.py); of plain ones only its length.
-
-    `bounds_D1` is asked for documents and contexts, `tokens` for contexts.
-    """
-
+    tokens: np.ndarray
     bounds_D1: np.ndarray
-    tokens: Rows
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return int(self.bounds_D1[-1])
 
 
 def candidates(config: RetrieveConfig, stream: Stream) -> int:
     """How many neighbours to ask of the index so that k normally remain.
 
     k + 1 + 2·exclude_window; with exclude_document also the length of the document that 99 % of
-    the rows are in or in a shorter one, but 4·k at most; with exclude_context also k / 4. A row
-    that still comes short says so: it has fewer than k in the targets' `neighbours`.
+    the rows are in or in a shorter one, but 4·k at most; with exclude_context also the number of
+    rows of one context, which for 99 % of 1024 evenly spaced rows is no larger, but 4·k at most
+    (this reads the stream). A row that still comes short says so: it has fewer than k in the
+    targets' `neighbours`.
     """
-    count = config.k + 1 + 2 * config.exclude_window
+    count, most = config.k + 1 + 2 * config.exclude_window, _MOST_TIMES_K * config.k
     if config.exclude_document:
-        lengths_D = np.sort(np.diff(stream.bounds_D1))
-        served = int(np.searchsorted(np.cumsum(lengths_D), _ROWS_SERVED * len(stream)))
-        longest = int(lengths_D[min(served, len(lengths_D) - 1)]) if len(lengths_D) else 0
-        count += min(longest, _MOST_OF_DOCUMENT * config.k)
+        count += min(_rows_of_one_document(stream), most)
     if config.exclude_context:
-        count += -(-config.k // _CONTEXT_SHARE)
+        count += min(_rows_of_one_context(stream, config.exclude_context), most)
     return count
+
+
+def _rows_of_one_document(stream: Stream) -> int:
+    lengths_D = np.sort(np.diff(stream.bounds_D1))
+    served = int(np.searchsorted(np.cumsum(lengths_D), _ROWS_SERVED * len(stream)))
+    return int(lengths_D[min(served, len(lengths_D) - 1)])
+
+
+def _rows_of_one_context(stream: Stream, n: int) -> int:
+    row_Q = np.unique(np.linspace(0, len(stream) - 1, _SAMPLED_CONTEXTS).astype(np.int64))
+    document_Q = np.searchsorted(stream.bounds_D1, row_Q, side="right") - 1
+    first_Q = (row_Q - n + 1)[row_Q - n + 1 >= stream.bounds_D1[document_Q]]
+    if not len(first_Q):
+        return 0  # no document has n tokens
+    tokens = np.concatenate([stream.tokens[int(first) : int(first) + n] for first in first_Q])
+    grams = Grams([_Contexts(tokens, np.arange(len(first_Q) + 1) * n)], n)
+    rows_U = np.zeros(grams.count, np.int64)
+    for _, gram_H in grams.matches(stream):
+        rows_U += np.bincount(gram_H, minlength=grams.count)
+    sampled_U = grams.occurrences(np.arange(grams.count))
+    return int(np.percentile(np.repeat(rows_U, sampled_U), 100 * _ROWS_SERVED, method="higher"))
 
 
 class Exclusion:
@@ -70,7 +82,7 @@ class Exclusion:
     """
 
     def __init__(self, config: RetrieveConfig, stream: Stream):
-        """Reads from the stream what the config's exclusions need.
+        """Reads from the stream what the config's exclusions need; nothing where it has none.
 
         Raises:
           UserError: a chunk of the tokens is damaged.

@@ -1,4 +1,4 @@
-"""Token n-grams of held-out text, and where another stream has the very same ones.
+"""Token n-grams of some text, and where a stream has the very same ones.
 
 An n-gram lies within one document. Both sides are hashed to 64 bits, block by block and
 vectorised; what the hash finds is compared token by token, so that no answer rests on it.
@@ -62,8 +62,8 @@ def _in_one_document(bounds_D1: np.ndarray, row_T: np.ndarray, n: int) -> np.nda
     return bounds_D1[document_T + 1] - row_T >= n
 
 
-class HeldOutGrams:
-    """The n-grams of some streams, joined end to end, found again in others.
+class Grams:
+    """The n-grams of some streams, joined end to end, to be found again in others.
 
     Attributes:
       tokens_E: uint32, the streams' tokens.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mlp_memory.targets.ngrams import HeldOutGrams, Stream
+from mlp_memory.targets.ngrams import Grams, Stream
 
 COPY_SHARE = 0.5
 """A held-out document of which one train document holds this share or more is named as a copy."""
@@ -40,7 +40,7 @@ def audit(train: Stream, splits: Mapping[str, Stream], n: int) -> dict[str, Any]
     their rows; `pairs` names the first 100 with the document that they are equal to.
 
     Documents are equal if 128 bits of BLAKE2b over their tokens are; n-grams are compared token
-    by token. Memory: see `HeldOutGrams`, and 48 bytes per train document.
+    by token. Memory: see `Grams`, and 48 bytes per train document.
 
     Args:
       train: the datastore's stream.
@@ -50,7 +50,7 @@ def audit(train: Stream, splits: Mapping[str, Stream], n: int) -> dict[str, Any]
     Raises:
       UserError: a chunk of the tokens is damaged.
     """
-    coverage = _Coverage(HeldOutGrams(list(splits.values()), n))
+    coverage = _Coverage(Grams(list(splits.values()), n))
     coverage.look_through(train)
     digests_Dx2, parts, first = document_digests(train), {}, 0
     for name, stream in splits.items():
@@ -120,7 +120,7 @@ class _Coverage:
       train_H: int64, that train document, the first of several; -1 where none covers any.
     """
 
-    def __init__(self, grams: HeldOutGrams):
+    def __init__(self, grams: Grams):
         self.grams = grams
         self.bounds_H1 = grams.bounds_D1
         self.scored_H = np.diff(self.bounds_H1) - 1

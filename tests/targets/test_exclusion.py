@@ -1,3 +1,6 @@
+import math
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -124,13 +127,23 @@ def test_enough_candidates_are_asked_for():
     plain = RetrieveConfig(k=50)
     assert candidates(plain, range(N)) == 51
     assert candidates(RetrieveConfig(k=50, exclude_window=7), range(N)) == 51 + 14
-    assert candidates(RetrieveConfig(k=50, exclude_context=9), stream) == 51 + 13
     # Rows in documents longer than what is asked for on their account: one in a hundred at most.
     lengths = np.diff(stream.bounds_D1)
     asked = candidates(RetrieveConfig(k=N, exclude_document=True), stream) - N - 1
     assert lengths[lengths > asked].sum() <= 0.01 * N
     assert asked in lengths
     assert candidates(RetrieveConfig(k=5, exclude_document=True), stream) == 5 + 1 + min(asked, 20)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 12, 1000])
+def test_so_many_candidates_are_asked_for_as_rows_have_one_context(n):
+    stream = Stream(np.random.default_rng())
+    counts = Counter(context(stream, row, n) for row in range(N))
+    several = sorted(counts[c] for row in range(N) if len(c := context(stream, row, n)) == n)
+    # N is below the sample's size: it is all rows. None has a thousand tokens before it.
+    want = several[math.ceil(0.99 * (len(several) - 1))] if several else 0
+    assert candidates(RetrieveConfig(k=N, exclude_context=n), stream) == N + 1 + want
+    assert candidates(RetrieveConfig(k=3, exclude_context=n), stream) == 4 + min(want, 12)
 
 
 def test_k_remain_of_the_candidates_asked_for_and_a_row_that_comes_short_says_so():
