@@ -6,6 +6,7 @@ inside the stage that needs them: a training process never loads TensorFlow, seq
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +143,7 @@ def _index(job: Job, directory: Directory) -> None:
 
 
 def _retrieve(job: Job, directory: Directory) -> None:
-    from mlp_memory.targets.retrieve import Validation, retrieve
+    from mlp_memory.targets.retrieve import Truth, Validation, retrieve
 
     config, validation, keys = job.config.retrieve, None, job.keys()
     if config.temperature == "auto":
@@ -150,7 +151,12 @@ def _retrieve(job: Job, directory: Directory) -> None:
         validation = Validation(keys.queries(rows.taps_NxD), rows.base_log_prob_N, rows.labels_N)
     parents = job.fingerprints(*find_stage("retrieve").parents(job.config))
     inputs = functools.partial(retrieve_inputs, job.workdir.location, job.config)
-    retrieve(directory, inputs, parents, config, validation, job.config.fleet)
+    truth = Truth(
+        splits={split: job.stream(split) for split in ("validation", "test")},
+        states=None if job.config.embed.keeps_states else job.states(),
+        mesh=job.mesh,
+    )
+    retrieve(directory, inputs, parents, config, validation, job.config.fleet, truth)
 
 
 def retrieve_inputs(location: str, config: Config) -> "Inputs":
@@ -201,6 +207,7 @@ def _baseline(job: Job, directory: Directory) -> None:
 def _evaluate(job: Job, directory: Directory) -> None:
     from mlp_memory.corpus.vocabulary import Vocabulary
     from mlp_memory.evaluation import stage
+    from mlp_memory.targets.certificate import NAME as CERTIFICATE
     from mlp_memory.training.metrics import read_metrics
 
     manifest = _begin("evaluate", "report", job, directory)
@@ -209,6 +216,7 @@ def _evaluate(job: Job, directory: Directory) -> None:
         trained["baseline"] = "baseline"
     facts = {name: job.manifest(folder).facts for name, folder in trained.items()}
     corpora = {split: job.stream(split) for split in ("validation", "test", "train")}
+    certificate = (job.workdir / "targets").read(CERTIFICATE)
     stage.evaluate(
         directory,
         manifest,
@@ -224,6 +232,7 @@ def _evaluate(job: Job, directory: Directory) -> None:
             curves={name: read_metrics(job.workdir / folder) for name, folder in trained.items()},
             settings=config_json(job.config),
             corpus={split: stream.manifest.facts for split, stream in corpora.items()},
+            certificate=json.loads(certificate) if certificate else None,
         ),
     )
 

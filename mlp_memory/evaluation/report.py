@@ -26,6 +26,8 @@ from mlp_memory.evaluation.table import (
     table_notes,
     table_rows,
 )
+from mlp_memory.targets.certificate import certificate_lines
+from mlp_memory.targets.overlap import audit_warnings
 
 _STAGES = {
     "pretrain": "Decoder, pretraining",
@@ -86,6 +88,7 @@ def report_html(
         notes=table_notes(results, split),
         perplexity_svg=_svg(plots.perplexity_plot(results, split)),
         lambda_svg=_svg(plots.lambda_plot(lambda_curves)),
+        certificate=[(_inert(name), _inert(text)) for name, text in _certificate(results)],
         stages=_stages(curves),
         samples=[_sample(sample) for sample in results.get("samples") or []],
         costs=_costs(results),
@@ -169,6 +172,15 @@ def _equal_size_sentence(value: Mapping[str, float]) -> str:
     if not beaten:
         return f"{text}: the memory is not the better use of those parameters here."
     return f"{text}: worse than {beaten[0]}, but not worse than {next(n for n in ours if n not in beaten)}."
+
+
+def _certificate(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Measures of the teacher and what the audit warns of; none where there is no certificate."""
+    certificate = results.get("certificate")
+    if not certificate:
+        return []
+    warnings = audit_warnings(certificate["overlap"]) if certificate.get("overlap") else []
+    return certificate_lines(certificate) + [tuple(line.split(": ", 1)) for line in warnings]
 
 
 def _svg(text: str | None) -> Markup | None:

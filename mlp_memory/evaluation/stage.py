@@ -34,6 +34,7 @@ class Inputs:
       curves: metrics of each training, by stage.
       settings: the resolved config, for the record.
       corpus: facts of each split.
+      certificate: of the targets (targets/certificate.py); None where they have none.
     """
 
     config: EvaluateConfig
@@ -47,6 +48,7 @@ class Inputs:
     curves: dict[str, list[dict[str, Any]]]
     settings: dict[str, Any]
     corpus: dict[str, dict[str, Any]]
+    certificate: dict[str, Any] | None = None
 
 
 def temperatures(targets: dict[str, Any]) -> tuple[float, ...]:
@@ -89,6 +91,7 @@ def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[s
         },
         "recall": {"k": inputs.index["recall_k"], "value": inputs.index["recall"]},
         "teacher": {name: value for name, value in inputs.targets.items() if name != "temperature_choice"},
+        "certificate": inputs.certificate,
         "samples": _samples(inputs, results),
         "config": inputs.settings,
         "corpus": inputs.corpus,

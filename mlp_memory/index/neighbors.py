@@ -1,4 +1,4 @@
-"""Neighbour lists: their order, the exclusion of a row itself, and recall@k.
+"""Neighbour lists: their order, what is dropped from them, and recall@k.
 
 A neighbour list is a pair rows_Qxk (int64 rows of the stream, -1 where there is none) and
 sqdist_Qxk (float32 squared L2 distances, inf there), nearest first, ties by row.
@@ -39,12 +39,38 @@ def nearest_first(rows_QxC: np.ndarray, sqdist_QxC: np.ndarray, k: int) -> tuple
     return np.pad(rows, short, constant_values=-1), np.pad(sqdist, short, constant_values=np.inf)
 
 
+def drop(
+    rows_QxC: np.ndarray, sqdist_QxC: np.ndarray, dropped_QxC: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first k candidates of each list that are not marked, order kept; short lists are padded.
+
+    Args:
+      rows_QxC: int64 rows, -1 where there is none.
+      sqdist_QxC: float32 distances.
+      dropped_QxC: bool, True for what may not stay.
+      k: neighbours kept.
+
+    Returns:
+      rows_Qxk int64 and sqdist_Qxk float32.
+    """
+    kept_QxC = ~dropped_QxC & (rows_QxC >= 0)
+    rank_QxC = np.cumsum(kept_QxC, axis=1, dtype=np.int32)
+    kept_QxC &= rank_QxC <= k
+    filled_Qxk = np.arange(k) < kept_QxC.sum(axis=1)[:, None]
+    rows_Qxk = np.full(filled_Qxk.shape, -1, np.int64)
+    sqdist_Qxk = np.full(filled_Qxk.shape, np.inf, np.float32)
+    rows_Qxk[filled_Qxk] = rows_QxC[kept_QxC]
+    sqdist_Qxk[filled_Qxk] = sqdist_QxC[kept_QxC]
+    return rows_Qxk, sqdist_Qxk
+
+
 def exclude_self(
     rows_QxC: np.ndarray, sqdist_QxC: np.ndarray, query_rows_Q: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Drops each query's own row by identity, whatever its rank, and keeps k of the others.
 
     Rows with the very same key stay. Where the query's row was not found, the farthest goes.
+    What else may not teach a row: targets/exclusion.py.
 
     Args:
       rows_QxC: int64 neighbour rows of a search for C = k + 1.
@@ -60,11 +86,7 @@ def exclude_self(
     """
     if rows_QxC.shape[1] != k + 1:
         raise ValueError(f"to keep {k} neighbours search for {k + 1}, not {rows_QxC.shape[1]}")
-    itself_QxC = rows_QxC == query_rows_Q[:, None]
-    dropped_Q = np.where(itself_QxC.any(axis=1), itself_QxC.argmax(axis=1), k)
-    columns_k = np.arange(k)
-    columns_Qxk = columns_k + (columns_k >= dropped_Q[:, None])
-    return np.take_along_axis(rows_QxC, columns_Qxk, 1), np.take_along_axis(sqdist_QxC, columns_Qxk, 1)
+    return drop(rows_QxC, sqdist_QxC, rows_QxC == query_rows_Q[:, None], k)
 
 
 def recall_at_k(found_rows_Qxk: np.ndarray, true_rows_Qxk: np.ndarray) -> float:

@@ -9,10 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlp_memory.index.neighbors import exclude_self
-
-__all__ = ["SparseTargets", "exclude_self", "knn_distribution", "knn_log_prob"]
-
 _LOW = np.uint64(0xFFFFFFFF)
 _HIGH = np.uint64(32)
 

@@ -1,10 +1,12 @@
 """The retrieve stage: every row's neighbours, turned into its sparse target."""
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from mlp_memory.artifacts import (
     ArrayReader,
@@ -13,13 +15,28 @@ from mlp_memory.artifacts import (
     Directory,
     UserError,
     begin,
+    canonical_json,
     config_dict,
+    digest,
     written_chunks,
 )
+from mlp_memory.index.exact import Rows, exact_search
+from mlp_memory.index.scann_index import shard_rows
 from mlp_memory.parallel.config import FleetConfig
 from mlp_memory.parallel.fleet import run_units
 from mlp_memory.targets.candidates import CandidateLists
+from mlp_memory.targets.certificate import (
+    NAME,
+    certificate_table,
+    certify_search,
+    certify_store,
+    check_goal,
+    complete,
+    draw_sample,
+)
 from mlp_memory.targets.config import RetrieveConfig
+from mlp_memory.targets.exclusion import Exclusion, candidates
+from mlp_memory.targets.overlap import audit, audit_warnings
 from mlp_memory.targets.temperature import choose_temperature, median_spread
 from mlp_memory.targets.units import (
     UNITS,
@@ -49,6 +66,20 @@ class Validation(NamedTuple):
     next_token_Q: np.ndarray
 
 
+class Truth(NamedTuple):
+    """What the teacher is held against.
+
+    Attributes:
+      splits: held-out streams by name, looked for in the train stream.
+      states: [N, D] the hidden states as the decoder gives them, where keys are less than that.
+      mesh: devices that exact search runs on; the first one if None.
+    """
+
+    splits: Mapping[str, Stream] = {}  # noqa: RUF012 (never changed)
+    states: Rows | None = None
+    mesh: Mesh | None = None
+
+
 def retrieve(
     directory: Directory,
     open_inputs: Callable[[], Inputs],
@@ -56,6 +87,7 @@ def retrieve(
     config: RetrieveConfig,
     validation: Validation | tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
     fleet: FleetConfig | None = None,
+    truth: Truth = Truth(),  # noqa: B008 (immutable)
 ) -> None:
     """Writes WORKDIR/targets; goes on where an earlier start stopped.
 
@@ -69,7 +101,11 @@ def retrieve(
     A row without a next token, or without a neighbour, is zero in all of them.
 
     Facts: k, temperature, temperature_choice (how, and what the others gave), recall,
-    mean_kept_mass, mean_support, rows_with_fewer_neighbours.
+    mean_kept_mass, mean_support, rows_with_fewer_neighbours, certificate (digest of
+    certificate.json, see `certificate`).
+
+    A sample of rows is searched exactly first: a teacher below the goal is refused before the
+    search of all rows, and the certificate is written with the targets.
 
     An index of several shards is searched in rounds: every shard in turn for so many blocks
     that their candidates fit `config.spill_gigabytes`, then the blocks merged. Each shard is so
@@ -84,10 +120,11 @@ def retrieve(
       config: what to make.
       validation: decides the temperature where that is "auto"; keys in the search space.
       fleet: who does the work; this process if None.
+      truth: what the teacher is held against.
 
     Raises:
       UserError: temperature is "auto" and there is no validation sample; the folder holds
-        targets made otherwise; keys and stream differ in length.
+        targets made otherwise; keys and stream differ in length; the search finds too little.
     """
     fleet = fleet or FleetConfig()
     inputs = open_inputs()
@@ -104,29 +141,85 @@ def retrieve(
     if manifest.finished:
         return
     tau, choice = _temperature(inputs, config, validation)
+    count = candidates(config, stream)
+    certificate = _certify(inputs, truth, config, tau, choice, count)
+    check_goal(certificate, config)
     shards, recall = inputs.index.shards, inputs.index.facts.get("recall")
     writer = ChunkWriter(directory, manifest)  # makes the arrays, which workers then find
     if fleet.in_process:
-        worker = Worker(directory, inputs, config, tau)
-        work = _Work(directory, writer, stream, config, shards, lambda: worker, fleet)
+        worker = Worker(directory, inputs, config, tau, count)
+        work = _Work(directory, writer, stream, config, count, shards, lambda: worker, fleet)
     else:
-        make = functools.partial(_make_worker, directory.location, open_inputs, config, tau)
-        work = _Work(directory, writer, stream, config, shards, make, fleet)
+        make = functools.partial(_make_worker, directory.location, open_inputs, config, tau, count)
+        work = _Work(directory, writer, stream, config, count, shards, make, fleet)
         del inputs  # a shard and the keys' cache: workers have their own
     work.run()
+    found = audit(stream, truth.splits, config.audit_ngram) if config.audit_ngram else None
+    certificate = complete(certificate, _written(directory, stream, config.chunk_rows), found)
+    data = canonical_json(certificate).encode()
+    directory.write(NAME, data)
     ChunkWriter(directory, manifest).finish(
         k=config.k,
         temperature=tau,
         temperature_choice=choice,
         recall=recall,
-        **_summary(directory, stream, config),
+        mean_kept_mass=certificate["kept_mass"]["mean"],
+        mean_support=_mean_support(directory, stream, config.chunk_rows),
+        rows_with_fewer_neighbours=certificate["rows"]["fewer_than_k"],
+        certificate=digest(data),
     )
+    for line in audit_warnings(found) if found else []:
+        print(line, file=sys.stderr)
+    print(certificate_table(certificate), end="", file=sys.stderr)
+
+
+def _certify(
+    inputs: Inputs,
+    truth: Truth,
+    config: RetrieveConfig,
+    tau: float,
+    choice: Mapping[str, Any],
+    count: int,
+) -> dict[str, Any]:
+    """The certificate of the search, and of the store where that keeps less than hidden states."""
+    stream, index, rows = inputs.stream, inputs.index, len(inputs.stream)
+    sample_Q, valid_N = draw_sample(stream, config), stream.has_next(0, rows)
+    exclusion, next_tokens = Exclusion(config, stream), NextTokens(stream)
+
+    def lists(found: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return exclusion.exclude(*found, sample_Q)
+
+    queries_QxE = _rows_of(inputs.keys, sample_Q)
+    found = lists(index.search(queries_QxE, count))
+    exact = lists(exact_search(inputs.keys, valid_N, queries_QxE, count, truth.mesh))
+    certificate = certify_search(
+        found,
+        exact,
+        next_tokens,
+        tau,
+        config,
+        choice=choice,
+        candidates=count,
+        shards=[shard_rows(rows, index.shards, s) for s in range(index.shards)],
+        scored_rows=int(valid_N.sum()),
+        approximate_recall=index.facts.get("approximate_recall"),
+    )
+    if truth.states is None:
+        return certificate
+    states_QxD = _rows_of(truth.states, sample_Q)
+    whole = lists(exact_search(truth.states, valid_N, states_QxD, count, truth.mesh))
+    return {**certificate, "store": certify_store(found, exact, whole, next_tokens, tau, config)}
+
+
+def _rows_of(keys: Rows, rows_Q: np.ndarray) -> np.ndarray:
+    """Single rows, ascending, as float32 [Q, E]."""
+    return np.concatenate([np.asarray(keys[row : row + 1], np.float32) for row in rows_Q.tolist()])
 
 
 def _make_worker(
-    location: str, open_inputs: Callable[[], Inputs], config: RetrieveConfig, tau: float
+    location: str, open_inputs: Callable[[], Inputs], config: RetrieveConfig, tau: float, count: int
 ) -> Worker:
-    return Worker(Directory(location), open_inputs(), config, tau)
+    return Worker(Directory(location), open_inputs(), config, tau, count)
 
 
 def _arrays(stream: Stream, config: RetrieveConfig) -> dict[str, ArraySpec]:
@@ -149,12 +242,14 @@ class _Work:
         writer: ChunkWriter,
         stream: Stream,
         config: RetrieveConfig,
+        count: int,
         shards: int,
         make_worker: Callable[[], Callable[[Unit], None]],
         fleet: FleetConfig,
     ):
         self._directory, self._writer, self._config, self._shards = directory, writer, config, shards
         self._make_worker, self._fleet, self._stream_rows = make_worker, fleet, len(stream)
+        self._count = count
         self._lists = CandidateLists(directory / UNITS, len(stream))
         self._row_bytes = sum(
             spec.chunk_bytes // spec.chunk_shape[0] for spec in writer.manifest.arrays.values()
@@ -186,7 +281,7 @@ class _Work:
 
     def _rounds(self, missing: list[int]) -> Iterator[list[int]]:
         """Consecutive blocks whose candidates fit the disk space allowed; one block at least."""
-        block_bytes = self._shards * spilled_bytes(self._writer.chunk_rows, self._stream_rows, self._config)
+        block_bytes = self._shards * spilled_bytes(self._writer.chunk_rows, self._stream_rows, self._count)
         size = max(int(self._config.spill_gigabytes * 1e9) // block_bytes, 1)
         return (missing[first : first + size] for first in range(0, len(missing), size))
 
@@ -220,7 +315,7 @@ class _Work:
         rows = self._rows(unit.block)
         if isinstance(unit, Merge):
             return rows * self._row_bytes
-        return spilled_bytes(rows, self._stream_rows, self._config)
+        return spilled_bytes(rows, self._stream_rows, self._count)
 
 
 def _token_dtype(vocab_size: int) -> str:
@@ -248,16 +343,21 @@ def _temperature(inputs: Inputs, config: RetrieveConfig, validation: Any) -> tup
     return best.tau, {"how": how, "lambda": best.lam, "median_spread": spread, **best.table}
 
 
-def _summary(directory: Directory, stream: Stream, config: RetrieveConfig) -> dict[str, Any]:
-    """Means over the rows with a next token, read back so that resumed runs count all chunks."""
-    valid_N = stream.has_next(0, len(stream))
-    read = {
-        name: ArrayReader(directory, name)[0 : len(stream)][valid_N]
-        for name in ("kept_mass", "support", "neighbours")
-    }
-    count = max(len(read["support"]), 1)
-    return {
-        "mean_kept_mass": round(float(read["kept_mass"].sum(dtype=np.float64)) / count, 6),
-        "mean_support": round(float(read["support"].sum(dtype=np.float64)) / count, 3),
-        "rows_with_fewer_neighbours": int((read["neighbours"] < config.k).sum()),
-    }
+def _written(
+    directory: Directory, stream: Stream, block_rows: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """kept_mass and neighbours of the rows with a next token, read back block by block."""
+    kept_mass, neighbours = (ArrayReader(directory, name) for name in ("kept_mass", "neighbours"))
+    for start in range(0, len(stream), block_rows):
+        stop = min(start + block_rows, len(stream))
+        valid_B = stream.has_next(start, stop)
+        yield kept_mass[start:stop][valid_B], neighbours[start:stop][valid_B]
+
+
+def _mean_support(directory: Directory, stream: Stream, block_rows: int) -> float:
+    """Mean number of tokens with a positive probability; rows without a next token have none."""
+    support = ArrayReader(directory, "support")
+    starts = range(0, len(stream), block_rows)
+    total = sum(int(support[s : min(s + block_rows, len(stream))].sum(dtype=np.int64)) for s in starts)
+    scored = len(stream) - (len(stream.bounds_D1) - 1)
+    return round(total / max(scored, 1), 3)

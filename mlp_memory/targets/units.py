@@ -12,9 +12,10 @@ import numpy as np
 
 from mlp_memory.artifacts import ChunkWriter, Directory, peek
 from mlp_memory.index.exact import Rows
-from mlp_memory.index.neighbors import exclude_self, nearest_first
+from mlp_memory.index.neighbors import nearest_first
 from mlp_memory.targets.candidates import CandidateLists, bytes_per_candidate
 from mlp_memory.targets.config import RetrieveConfig
+from mlp_memory.targets.exclusion import Exclusion
 from mlp_memory.targets.knn import SparseTargets, knn_distribution
 
 UNITS = "units"
@@ -29,6 +30,7 @@ class Stream(Protocol):
 
     vocab_size: int
     tokens: Rows
+    bounds_D1: np.ndarray
 
     def __len__(self) -> int: ...
 
@@ -76,18 +78,6 @@ class Merge(NamedTuple):
 Unit = Search | Merge
 
 
-def candidates_wanted(config: RetrieveConfig) -> int:
-    """How many candidates a search asks for, so that k remain when the row itself is left out."""
-    return config.k + 1
-
-
-def leave_out(
-    rows_QxC: np.ndarray, sqdist_QxC: np.ndarray, query_rows_Q: np.ndarray, config: RetrieveConfig
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k candidates a row may learn from: rows_Qxk and sqdist_Qxk, order kept."""
-    return exclude_self(rows_QxC, sqdist_QxC, query_rows_Q, config.k)
-
-
 class NextTokens:
     """Next tokens of any rows that have one, from the tokens in memory: 2 or 4 bytes a row.
 
@@ -106,21 +96,23 @@ class Worker:
     """Does units of one `retrieve`; each process has one.
 
     Memory: one shard of the index, the tokens (2 bytes per row of the stream, 4 where the
-    vocabulary needs them), and of the block at work (B rows, d dimensions, C = k + 1
-    candidates) its queries and the lists of two shards: B·(8·d + 32·C) bytes.
+    vocabulary needs them; twice with exclude_context), and of the block at work (B rows, d
+    dimensions, C candidates) its queries and the lists of two shards: B·(8·d + 32·C) bytes.
 
     Args:
       directory: WORKDIR/targets, begun.
       inputs: what is read.
       config: as in the manifest.
       tau: the temperature.
+      count: C, candidates that a search asks for (`exclusion.candidates`).
     """
 
-    def __init__(self, directory: Directory, inputs: Inputs, config: RetrieveConfig, tau: float):
-        self._inputs, self._config, self._tau = inputs, config, tau
+    def __init__(self, directory: Directory, inputs: Inputs, config: RetrieveConfig, tau: float, count: int):
+        self._inputs, self._config, self._tau, self._count = inputs, config, tau, count
         self._writer = ChunkWriter(directory, peek(directory))
         self._lists = CandidateLists(directory / UNITS, len(inputs.stream))
         self._next_tokens: NextTokens | None = None
+        self._exclusion: Exclusion | None = None
 
     def __call__(self, unit: Unit) -> None:
         """Does the unit unless it is done."""
@@ -138,11 +130,11 @@ class Worker:
     def _search(self, unit: Search) -> tuple[np.ndarray, np.ndarray]:
         """Always for the block's rows together: a search may depend on its company."""
         start, stop = self._writer.rows(unit.block)
-        asking_Q, count = self._asking(unit.block) - start, candidates_wanted(self._config)
+        asking_Q = self._asking(unit.block) - start
         if not len(asking_Q):
-            return np.zeros((0, count), np.int64), np.zeros((0, count), np.float32)
+            return np.zeros((0, self._count), np.int64), np.zeros((0, self._count), np.float32)
         queries_QxE = np.asarray(self._inputs.keys[start:stop], np.float32)[asking_Q]
-        return self._inputs.index.shard(unit.shard).search(queries_QxE, count)
+        return self._inputs.index.shard(unit.shard).search(queries_QxE, self._count)
 
     def _candidates(self, block: int, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """A shard's list for a block: as spilled, or searched for now where there is no sound one."""
@@ -161,13 +153,14 @@ class Worker:
             return arrays
         shards = range(self._inputs.index.shards)
         lists = (self._candidates(block, shard) for shard in shards)
-        rows_QxC, sqdist_QxC = merged(lists, candidates_wanted(self._config))
+        rows_QxC, sqdist_QxC = merged(lists, self._count)
         if self._next_tokens is None:
             self._next_tokens = NextTokens(self._inputs.stream)
+            self._exclusion = Exclusion(self._config, self._inputs.stream)
         top_m = self._writer.manifest.arrays["probs"].shape[1]
         for first in range(0, len(asking_Q), _MERGED_ROWS):
             some = slice(first, first + _MERGED_ROWS)
-            rows_Qxk, sqdist_Qxk = leave_out(rows_QxC[some], sqdist_QxC[some], asking_Q[some], self._config)
+            rows_Qxk, sqdist_Qxk = self._exclusion.exclude(rows_QxC[some], sqdist_QxC[some], asking_Q[some])
             labels_Qxk = self._next_tokens[rows_Qxk]
             targets = knn_distribution(rows_Qxk, sqdist_Qxk, labels_Qxk, self._tau, top_m)
             _fill(arrays, asking_Q[some] - start, rows_Qxk, targets)
@@ -207,6 +200,6 @@ def _fill(
     arrays["support"][places_Q] = targets.support_Q
 
 
-def spilled_bytes(rows: int, stream_rows: int, config: RetrieveConfig) -> int:
-    """Bytes of one shard's candidates for so many rows."""
-    return rows * candidates_wanted(config) * bytes_per_candidate(stream_rows)
+def spilled_bytes(rows: int, stream_rows: int, count: int) -> int:
+    """Bytes of one shard's lists of `count` candidates for so many rows."""
+    return rows * count * bytes_per_candidate(stream_rows)

@@ -25,6 +25,8 @@ from mlp_memory.evaluation.table import (
     markdown_table,
     results_table,
 )
+from mlp_memory.targets.certificate import certify_search, complete
+from mlp_memory.targets.config import RetrieveConfig
 
 HOSTILE = "</script></style><b onload=alert(1)>&amp;\"'\u202egnp\u0000\n\tשלום\ud800 {{ 7*7 }} {% raw %}"
 
@@ -229,6 +231,34 @@ def test_page_is_the_same_bytes_in_another_process_and_key_order(tmp_path) -> No
     )
     assert other.stdout == here
     assert str(tmp_path).encode() not in here
+
+
+def test_the_teachers_certificate_is_shown_where_there_is_one() -> None:
+    results = synthetic_results()
+    assert "How good is the teacher" not in report_html(results, {})
+    rng = np.random.default_rng()
+    lists = np.arange(12).reshape(3, 4), np.sort(rng.random((3, 4), np.float32), axis=1)
+    certificate = certify_search(
+        lists,
+        lists,
+        np.arange(12, dtype=np.int32),
+        1.0,
+        RetrieveConfig(k=4),
+        choice={"how": "<b>given</b>"},
+        candidates=5,
+        shards=[(0, 12)],
+        scored_rows=12,
+    )
+    copy = {"document": 3, "rows": [5, 9], "share": 0.75, "train_document": 17, "train_rows": [40, 60]}
+    test = {"scored": 50, "covered_share": 0.06, "documents": 4, "copy_count": 1, "copies": [copy]}
+    train = {"documents": 30, "copies": 0, "copied_share": 0.0, "pairs": []}
+    audit = {"ngram": 13, "splits": {"test": test}, "train": train}
+    results["certificate"] = complete(certificate, [(np.ones(12, np.float32), np.full(12, 4))], audit)
+    page = report_html(results, {})
+    assert "How good is the teacher" in page
+    assert "<dt>recall@4</dt><dd>1.0000 (95 %: 1.0000 … 1.0000)" in page
+    assert "test document 3 (rows 5..8) is 75 % contained in train document 17 (rows 40..59)" in page
+    assert "&lt;b&gt;given" in page
 
 
 def test_hostile_text_stays_text() -> None:
