@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import zipfile
 
 import numpy as np
 
@@ -80,7 +81,7 @@ class Codec:
                 found = {name: arrays[name] for name in arrays.files}
             explained, clipped = float(found.pop("explained")), float(found.pop("clipped"))
             return cls(dtype, **found, explained=explained, clipped=clipped)
-        except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"{where} is damaged ({first_line(error)}): delete its folder and run embed again"
             ) from error

@@ -12,6 +12,8 @@ from mlp_memory.datastore.codec import Codec, open_codec
 from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.decoder.score import RowReader
 
+_STATES_BYTES = 1 << 30
+
 
 class KeyStore:
     """Row i's key in the searched space, [N, E] float32 out of `[a:b]`.
@@ -55,7 +57,7 @@ class RecomputedRows:
         cached_chunks: int = 2,
     ):
         self.shape, self.chunk_rows = shape, chunk_rows
-        self._compute, self._cached_chunks = compute, cached_chunks
+        self._compute, self.cached_chunks = compute, cached_chunks
         self._chunks: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -78,7 +80,7 @@ class RecomputedRows:
             if chunk not in self._chunks:
                 begin = chunk * self.chunk_rows
                 self._chunks[chunk] = self._compute(begin, min(begin + self.chunk_rows, len(self)))
-                if len(self._chunks) > self._cached_chunks:
+                if len(self._chunks) > self.cached_chunks:
                     self._chunks.popitem(last=False)
             self._chunks.move_to_end(chunk)
             return self._chunks[chunk]
@@ -132,11 +134,10 @@ def open_states(
     config: EmbedConfig,
     stream: TokenStream,
     reader: Callable[[], RowReader],
-    cached_chunks: int = 2,
 ) -> Rows:
     """The hidden states of a finished datastore's rows, [N, D]: as stored, or computed again.
 
-    Args and errors are those of `open_keys`; `cached_chunks` is that of `RecomputedRows`.
+    Args are those of `open_keys`. Of what is computed again, chunks of 1 GiB are kept.
     """
     if config.keeps_states:
         return ArrayReader(directory, "keys")
@@ -145,4 +146,5 @@ def open_states(
         return finite_states(reader(), stream, start, stop, f"{directory}/states")
 
     shape = (len(stream), manifest.facts["dim"])
+    cached_chunks = max(_STATES_BYTES // (config.chunk_rows * shape[1] * 4), 2)
     return RecomputedRows(compute, shape, config.chunk_rows, cached_chunks)

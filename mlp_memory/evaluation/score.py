@@ -59,7 +59,7 @@ class Systems:
 
     def exact(self, queries_QxD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Exact search over the datastore, queries in its searched space."""
-        return exact_search(self.keys, self.valid_N, queries_QxD, k)
+        return exact_search(self.keys, self.valid_N, queries_QxD, k, self.mesh)
 
     def predictor(self, weight: float, embed: EmbedConfig) -> Predictor:
         """Base and memory at one λ, over the whole vocabulary."""

@@ -12,12 +12,13 @@ from jax.sharding import Mesh
 from mlp_memory import artifacts
 from mlp_memory.artifacts import ArrayReader, Directory, Manifest, Rows, UserError
 from mlp_memory.corpus.stream import TokenStream
+from mlp_memory.datastore.store import RecomputedRows
 from mlp_memory.memory.config import DistillConfig, MemoryConfig
 from mlp_memory.memory.mlp import Memory
 from mlp_memory.memory.score import memory_log_probs
 from mlp_memory.targets.interpolation import best_lambda
 from mlp_memory.training import checkpoints
-from mlp_memory.training.batches import Batches
+from mlp_memory.training.batches import Batches, Nearby
 from mlp_memory.training.loop import Task, compute_dtype, train
 from mlp_memory.training.sparse_head import named_logits, sparse_cross_entropy
 
@@ -99,6 +100,24 @@ def distillation_loss(
     return sparse_cross_entropy(z, lse, weights_NxM1).sum()
 
 
+def _batches(source: TargetSource, states: Rows, config: DistillConfig) -> Batches:
+    """Steps of the training. States that the decoder computes again are read a few chunks at a time.
+
+    They are read by the thread that trains, so that two programs never wait for each other's devices.
+    """
+    if not isinstance(states, RecomputedRows):
+        return Batches(source, config.batch_size, config.seed)
+    if jax.process_count() > 1:
+        raise UserError(
+            "the datastore holds no hidden states, and several processes cannot compute them while they "
+            'train: distill on one, or embed with store = "array", key_dim = 0 and a float key_dtype'
+        )
+    stretch = max(states.chunk_rows // config.block_rows, 1)
+    # Half of the chunks kept serve this pool, half the next, where a batch holds of both.
+    nearby = Nearby(stretch, max(states.cached_chunks // 2, 1))
+    return Batches(source, config.batch_size, config.seed, threads=0, nearby=nearby)
+
+
 def mixture_figures(base_log_prob_N: np.ndarray, memory_log_prob_N: np.ndarray) -> dict[str, float]:
     """Validation figures of base and memory together, λ at its best."""
     weight, nll = best_lambda(base_log_prob_N, memory_log_prob_N)
@@ -160,7 +179,7 @@ def distill(
         loss=lambda model, frozen, batch, key: distillation_loss(
             model, batch, config.alpha, key, dtype, config.remat
         ),
-        batches=Batches(source, config.batch_size, config.seed),
+        batches=_batches(source, states, config),
         evaluate=evaluate,
         unit="rows",
         unit_per_step=config.batch_size * config.block_rows,

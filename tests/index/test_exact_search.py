@@ -3,6 +3,7 @@ import pytest
 
 from mlp_memory.index import exact
 from mlp_memory.index.exact import exact_search
+from mlp_memory.index.neighbors import recall_at_k
 
 
 def naive_search(keys, valid, queries, k):
@@ -65,3 +66,28 @@ def test_rows_that_are_not_valid_are_never_found():
     assert {*rows[:, :2].ravel()} == {3, 600}
     assert (rows[:, 2:] == -1).all()
     assert np.isinf(sqdist[:, 2:]).all()
+
+
+def test_the_approximate_selection_reaches_its_goal(monkeypatch):
+    rng = np.random.default_rng()
+    keys = rng.normal(size=(9000, 12)).astype(np.float32)
+    keys[rng.integers(0, 9000, 800)] = keys[rng.integers(0, 9000, 800)]
+    valid, queries = rng.random(9000) < 0.9, rng.normal(size=(40, 12)).astype(np.float32)
+    true_rows, _ = exact_search(keys, valid, queries, 50)
+    assert exact.recall_goal(None, 0.9) == 1.0  # no TPU here: the exact selection is taken
+    np.testing.assert_array_equal(exact_search(keys, valid, queries, 50, None, 0.9)[0], true_rows)
+    monkeypatch.setattr(exact, "recall_goal", lambda mesh, approximate_recall: approximate_recall)
+    monkeypatch.setattr(exact, "_SUPERBLOCK_ROWS", 4000)
+    rows, sqdist = exact_search(keys, valid, queries, 50, None, 0.9)
+    assert recall_at_k(rows, true_rows) >= 0.9
+    assert valid[rows].all()
+    want = ((keys[rows].astype(np.float64) - queries[:, None]) ** 2).sum(-1)
+    np.testing.assert_allclose(sqdist, want, rtol=1e-5)
+    assert (np.diff(sqdist, axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize("recall", [0.0, 1.0, -0.5])
+def test_a_recall_that_is_no_share_is_refused(recall):
+    keys = np.zeros((3, 2), np.float32)
+    with pytest.raises(ValueError, match="approximate_recall"):
+        exact_search(keys, np.ones(3, bool), keys, 1, None, recall)
