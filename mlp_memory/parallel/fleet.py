@@ -197,7 +197,7 @@ def _drive(
     with open(log, "ab") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    threading.Thread(target=_follow_parent, args=(Path(log),), daemon=True).start()
     threading.excepthook = functools.partial(_end_without_a_worker, threading.excepthook)
     # Local workers import what this process has.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
@@ -287,9 +287,10 @@ def _take_cores(workers: int) -> None:
             os.sched_setaffinity(0, cores[int(number) % workers :: workers])
 
 
-def _follow_parent() -> None:
+def _follow_parent(log: Path) -> None:
     """Ends this process and its workers when the parent does, however that was killed."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    log.unlink(missing_ok=True)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
