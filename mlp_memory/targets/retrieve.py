@@ -21,7 +21,6 @@ from mlp_memory.artifacts import (
     written_chunks,
 )
 from mlp_memory.index.exact import Rows, exact_search
-from mlp_memory.index.scann_index import shard_rows
 from mlp_memory.parallel.config import FleetConfig
 from mlp_memory.parallel.fleet import run_units
 from mlp_memory.targets.candidates import CandidateLists
@@ -75,7 +74,7 @@ class Truth(NamedTuple):
       mesh: devices that exact search runs on; the first one if None.
     """
 
-    splits: Mapping[str, Stream] = {}  # noqa: RUF012 (never changed)
+    splits: Mapping[str, Stream] = {}
     states: Rows | None = None
     mesh: Mesh | None = None
 
@@ -200,7 +199,7 @@ def _certify(
         config,
         choice=choice,
         candidates=count,
-        shards=[shard_rows(rows, index.shards, s) for s in range(index.shards)],
+        shards=index.ranges,
         scored_rows=int(valid_N.sum()),
         approximate_recall=index.facts.get("approximate_recall"),
     )

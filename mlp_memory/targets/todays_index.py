@@ -24,6 +24,8 @@ class TodaysIndex:
         if manifest is None:
             raise UserError(f"{directory} is missing: run `python -m mlp_memory index` first")
         self._directory, self.facts, self.shards = directory, manifest.facts, manifest.config["shards"]
+        shards = (peek(directory / shard_name(s)) for s in range(self.shards))
+        self.ranges = [tuple(shard.facts["rows"]) for shard in shards]
         self._last: tuple[int, _Searcher] | None = None
 
     def shard(self, s: int) -> _Searcher:

@@ -44,10 +44,14 @@ class Searcher(Protocol):
 
 
 class Index(Protocol):
-    """What retrieve asks of an index: `shard(s)` loads one and forgets the last one."""
+    """What retrieve asks of an index: `shard(s)` loads one and forgets the last one.
+
+    `ranges` has the first row of each shard and one past its last.
+    """
 
     facts: dict[str, Any]
     shards: int
+    ranges: list[tuple[int, int]]
 
     def shard(self, s: int) -> Searcher: ...
 

@@ -28,6 +28,7 @@ class Documents:
         self.last = rng.random(N) < 0.04
         self.last[[100, 101, N - 1]] = True
         self.last[[3, 1005]] = False
+        self.bounds_D1 = np.append(0, np.flatnonzero(self.last) + 1)
 
     def __len__(self):
         return N
