@@ -132,16 +132,17 @@ def _index(job: Job, directory: Directory) -> None:
 
 
 def _retrieve(job: Job, directory: Directory) -> None:
-    from mlp_memory.index.scann_index import ScannIndex
+    from mlp_memory.index.search import open_index
     from mlp_memory.targets.retrieve import Validation, retrieve
 
     config, validation = job.config.retrieve, None
     if config.temperature == "auto":
         rows = job.held_out(config.validation_rows)
         validation = Validation(rows.taps_NxD, rows.base_log_prob_N, rows.labels_N)
-    index = ScannIndex.load(job.workdir / "index")
+    stream = job.stream("train")
+    index = open_index(job.workdir / "index", job.keys(), stream.has_next(0, len(stream)), job.mesh)
     parents = job.fingerprints(*find_stage("retrieve").parents(job.config))
-    retrieve(directory, job.stream("train"), job.keys(), index, parents, config, validation)
+    retrieve(directory, stream, job.keys(), index, parents, config, validation)
 
 
 def _distill(job: Job, directory: Directory) -> None:
@@ -214,19 +215,20 @@ def _systems(job: Job) -> "Systems":
     """Everything that evaluation compares, loaded."""
     from mlp_memory.evaluation.score import Systems
     from mlp_memory.evaluation.stage import temperatures
-    from mlp_memory.index.scann_index import ScannIndex
+    from mlp_memory.index.search import open_index
 
     train, targets = job.stream("train"), job.manifest("targets").facts
+    keys, valid_N = job.keys(), train.has_next(0, len(train))
     return Systems(
         decoder=job.decoder()[0],
         base=job.row_reader(),
         joint=job.row_reader("joint"),
         baseline=job.row_reader("baseline") if _wants_baseline(job.config) else None,
         memory=job.memory()[0],
-        keys=job.keys(),
-        valid_N=train.has_next(0, len(train)),
+        keys=keys,
+        valid_N=valid_N,
         labels_N=train.labels(0, len(train)),
-        scann=ScannIndex.load(job.workdir / "index").search,
+        scann=open_index(job.workdir / "index", keys, valid_N, job.mesh).search,
         k=targets["k"],
         temperatures=temperatures(targets),
         mesh=job.mesh,

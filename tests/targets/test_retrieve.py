@@ -6,7 +6,7 @@ import pytest
 
 from mlp_memory.artifacts import ArrayReader, ArraySpec, ChunkWriter, Directory, UserError, begin, peek
 from mlp_memory.index.config import IndexConfig
-from mlp_memory.index.scann_index import ScannIndex
+from mlp_memory.index.search import Index, open_index
 from mlp_memory.index.stage import build_index
 from mlp_memory.targets import retrieve as retrieve_module
 from mlp_memory.targets.config import RetrieveConfig
@@ -31,6 +31,9 @@ class Documents:
     def __len__(self):
         return N
 
+    def document_ids(self, start, stop):
+        return np.zeros(stop - start, np.int32)
+
     def has_next(self, start, stop):
         return ~self.last[start:stop]
 
@@ -44,7 +47,7 @@ class World:
     stream: Documents
     keys: np.ndarray
     reader: ArrayReader
-    index: ScannIndex
+    index: Index
     validation: Validation
 
 
@@ -68,7 +71,9 @@ def world(tmp_path_factory):
     validation = Validation(
         rng.normal(size=(300, D)), np.log(rng.uniform(0.01, 0.2, 300)), rng.integers(0, VOCAB, 300)
     )
-    return World(stream, keys, reader, ScannIndex.load(Directory(path / "index")), validation)
+    return World(
+        stream, keys, reader, open_index(Directory(path / "index"), keys, stream.has_next(0, N)), validation
+    )
 
 
 def run(world, path, config=CONFIG):
