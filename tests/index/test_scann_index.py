@@ -8,11 +8,12 @@ import pytest
 
 from mlp_memory.artifacts import Directory, UserError, config_dict, peek
 from mlp_memory.index import scann_shard
+from mlp_memory.index.build import build_shard
 from mlp_memory.index.config import IndexConfig
 from mlp_memory.index.exact import exact_search
 from mlp_memory.index.neighbors import exclude_self, recall_at_k
 from mlp_memory.index.search import Index, open_index
-from mlp_memory.index.stage import build_index, build_shard
+from mlp_memory.index.stage import build_index
 from mlp_memory.index.tuning import Structure
 
 K = 20
