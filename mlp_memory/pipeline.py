@@ -139,7 +139,7 @@ def _index(job: Job, directory: Directory) -> None:
 
     parent = job.fingerprints("datastore")["datastore"]
     stream, config = job.stream("train"), job.config
-    build_index(directory, job.keys(), parent, stream, config.index, config.retrieve.k)
+    build_index(directory, job.keys(), parent, stream, config.index, config.retrieve.k, job.mesh)
 
 
 def _retrieve(job: Job, directory: Directory) -> None:
@@ -161,11 +161,13 @@ def _retrieve(job: Job, directory: Directory) -> None:
 
 def retrieve_inputs(location: str, config: Config) -> "Inputs":
     """What retrieve reads, opened in any process that sees the workdir."""
-    from mlp_memory.targets.todays_index import TodaysIndex
+    from mlp_memory.index.search import open_index
     from mlp_memory.targets.units import Inputs
 
     job = Job(Directory(location), config)
-    return Inputs(job.stream("train"), job.keys(), TodaysIndex(job.workdir / "index"))
+    stream, keys = job.stream("train"), job.keys()
+    index = open_index(job.workdir / "index", keys, stream.has_next(0, len(stream)), job.mesh)
+    return Inputs(stream, keys, index)
 
 
 def _distill(job: Job, directory: Directory) -> None:
@@ -241,19 +243,20 @@ def _systems(job: Job) -> "Systems":
     """Everything that evaluation compares, loaded."""
     from mlp_memory.evaluation.score import Systems
     from mlp_memory.evaluation.stage import temperatures
-    from mlp_memory.index.scann_index import ScannIndex
+    from mlp_memory.index.search import open_index
 
     train, targets = job.stream("train"), job.manifest("targets").facts
+    keys, valid_N = job.keys(), train.has_next(0, len(train))
     return Systems(
         decoder=job.decoder()[0],
         base=job.row_reader(),
         joint=job.row_reader("joint"),
         baseline=job.row_reader("baseline") if _wants_baseline(job.config) else None,
         memory=job.memory()[0],
-        keys=job.keys(),
-        valid_N=train.has_next(0, len(train)),
+        keys=keys,
+        valid_N=valid_N,
         labels_N=train.labels(0, len(train)),
-        scann=ScannIndex.load(job.workdir / "index").search,
+        scann=open_index(job.workdir / "index", keys, valid_N, job.mesh).search,
         k=targets["k"],
         temperatures=temperatures(targets),
         mesh=job.mesh,

@@ -1,135 +1,314 @@
-"""The index stage: every shard built, then recall measured against exact search."""
+"""The index stage: tree and codes chosen on a sample, shards built, the search chosen, recall measured."""
 
+import contextlib
+import dataclasses
+import functools
 import sys
-from typing import Protocol
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
-from mlp_memory.artifacts import Directory, UserError, begin, config_dict, finish
+from mlp_memory.artifacts import Directory, Manifest, UserError, begin, config_dict, finish
+from mlp_memory.index import scann_shard, tuning
+from mlp_memory.index.build import build_shard
 from mlp_memory.index.config import IndexConfig
 from mlp_memory.index.exact import Rows, exact_search
-from mlp_memory.index.neighbors import exclude_self, recall_at_k
-from mlp_memory.index.scann_index import ScannIndex, build_shard
+from mlp_memory.index.neighbors import exclude_self
+from mlp_memory.index.scann_shard import GAPS, ScannShard, Trained
+from mlp_memory.index.search import Index
+from mlp_memory.index.shards import Stream, checked_blocks, shard_count
+from mlp_memory.index.tuning import Setting, Structure
 from mlp_memory.training.progress import Progress
 
-# Candidates reordered per neighbour asked for, tried in turn. Below 4 the 4-bit codes bound
-# recall near 0.92 on d = 192 keys, however many leaves are searched.
-_REORDER_FACTORS = (4, 8, 16)
-_REORDER_LEAST = 128
-
-
-class Stream(Protocol):
-    """What the stage asks of the token stream (corpus/stream.py)."""
-
-    def __len__(self) -> int: ...
-
-    def has_next(self, start: int, stop: int) -> np.ndarray: ...
+# Below this a tree and codes gain nothing, and k-means has too few rows per leaf.
+_BRUTE_FORCE_ROWS = 4096
+# Rows that train centres and codes and make up the pilots: enough for 60 a leaf at 2^20 rows, in
+# a quarter of a GiB. Runs of a few rows, since one row costs as much to read.
+_SAMPLE_ROWS = 1 << 16
+_SAMPLE_BYTES = 1 << 28
+_RUN_ROWS = 16
+_PILOT_QUERIES = 512
+_PILOT_LEAST_K = 16
 
 
 def build_index(
     directory: Directory,
-    keys_reader: Rows,
+    keys: Rows,
     datastore_fingerprint: str,
     stream: Stream,
     config: IndexConfig,
     neighbors_k: int,
+    mesh: Mesh | None = None,
 ) -> None:
     """Builds the missing shards of WORKDIR/index, measures recall, declares the index whole.
 
-    The search parameters left open in `config` are chosen here: the cheapest that reach
-    `target_recall` for `neighbors_k` neighbours on sampled rows, each row itself excluded.
+    What is left open in `config` is chosen here: the cheapest that reach `target_recall` for
+    `neighbors_k` neighbours on sampled rows, each row itself excluded. Memory: a shard's keys and
+    codes (4.5·d bytes per row), the sample, and what `exact_search` takes.
 
-    Facts: recall, recall_k, recall_rows, keys, leaves, leaves_to_search, reorder.
+    Facts: backend, shards, recall, recall_k, recall_rows, keys; with ScaNN also leaves,
+    dimensions_per_block, leaves_to_search, reorder, and tuning: what was tried.
 
     Args:
       directory: WORKDIR/index.
-      keys_reader: [N, D] keys, row i of the stream each.
+      keys: [N, E] keys, row i of the stream each.
       datastore_fingerprint: of the datastore the keys are from.
       stream: whose rows without a next token are left out.
       config: how to build and search.
       neighbors_k: k that recall is measured for.
+      mesh: of the exact searches; None: the default device.
 
     Raises:
-      UserError: keys and stream differ in length, no row has a next token, or the folder
-        holds an index made otherwise.
+      UserError: keys and stream differ in length, no row has a next token, a key is not finite, or
+        the folder holds an index made otherwise.
     """
-    manifest = begin(
-        directory, "index", {**config_dict(config), "k": neighbors_k}, {"datastore": datastore_fingerprint}
-    )
+    made_with = {**config_dict(config), "k": neighbors_k}
+    manifest = begin(directory, "index", made_with, {"datastore": datastore_fingerprint})
     if manifest.finished:
         return
     rows = len(stream)
-    if keys_reader.shape[0] != rows:
-        raise UserError(
-            f"the datastore has {keys_reader.shape[0]} rows, the token stream {rows}: run embed again"
-        )
+    if keys.shape[0] != rows:
+        raise UserError(f"the datastore has {keys.shape[0]} rows, the token stream {rows}: run embed again")
     valid_N = stream.has_next(0, rows)
     if not valid_N.any():
         raise UserError(f"none of the stream's {rows} rows has a next token: the corpus is too small")
-    with Progress("index: build", config.shards, "shards") as progress:
-        for shard in range(config.shards):
-            build_shard(directory, shard, keys_reader, valid_N, datastore_fingerprint, config)
-            progress.advance(1)
-    index = ScannIndex.load(directory)
-    recall = _choose_search(index, keys_reader, valid_N, config, neighbors_k)
-    if recall < config.target_recall:
-        print(
-            f"index: recall@{neighbors_k} is {recall:.3f}, below index.target_recall = "
-            f"{config.target_recall}: give more leaves_to_search or reorder, or fewer dimensions_per_block",
-            file=sys.stderr,
-        )
-    finish(
-        directory,
-        manifest,
-        recall=recall,
-        recall_k=neighbors_k,
-        recall_rows=min(config.recall_sample, int(valid_N.sum())),
-        keys=int(valid_N.sum()),
-        leaves=index.leaves,
-        leaves_to_search=index.leaves_to_search,
-        reorder=index.reorder,
+    shards = shard_count(rows, keys.shape[1], config)
+    facts = {"backend": config.backend, "shards": shards, "keys": int(valid_N.sum())}
+    work = _Work(directory, keys, datastore_fingerprint, stream, valid_N, shards, config, neighbors_k, mesh)
+    if config.backend == "exact":
+        for _ in checked_blocks(keys, stream, 0, rows):
+            pass
+        measured = {"recall": config.approximate_recall or 1.0, "recall_rows": 0}
+    else:
+        _say_needs(rows, keys.shape[1], shards, config)
+        measured = _build_and_tune(work)
+        recall = measured["recall"]
+        if recall < config.target_recall:
+            print(
+                f"index: recall@{neighbors_k} is {recall:.3f}, below index.target_recall = "
+                f"{config.target_recall}: leave leaves, leaves_to_search, reorder and "
+                "dimensions_per_block at 0",
+                file=sys.stderr,
+            )
+    finish(directory, manifest, recall_k=neighbors_k, **facts, **measured)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What the stage works on; see `build_index`."""
+
+    directory: Directory
+    keys: Rows
+    datastore: str
+    stream: Stream
+    valid_N: np.ndarray
+    shards: int
+    config: IndexConfig
+    k: int
+    mesh: Mesh | None
+
+    @property
+    def shard_rows(self) -> int:
+        """Keys in a shard, on average."""
+        return max(int(self.valid_N.sum()) // self.shards, 1)
+
+    def of_pilot(self, setting: Setting, k: int) -> Setting:
+        """What a setting of a pilot that was asked for k neighbours is in a shard."""
+        reorder = max(round(setting.reorder * self.k / k / self.shards), self.k + 1)
+        return Setting(setting.leaves_to_search, reorder)
+
+    def cost(self, structure: Structure, setting: Setting) -> float:
+        return self.shards * tuning.cost(structure, setting, self.shard_rows, self.keys.shape[1])
+
+
+def _say_needs(rows: int, dimension: int, shards: int, config: IndexConfig) -> None:
+    """States memory and disk beforehand."""
+    per_row = 4 * (dimension + 1) + -(-(dimension + 1) // (config.dimensions_per_block or 1)) + 4
+    memory = 1.5 * 4 * dimension * -(-rows // shards) + (1 << 30)
+    print(
+        f"index: {shards} {'shard' if shards == 1 else 'shards'} of {-(-rows // shards):,} rows, at most "
+        f"{memory / 1e9:.1f} GB of memory, {rows * per_row / 1e9:.1f} GB of disk",
+        file=sys.stderr,
     )
 
 
-def _choose_search(index: ScannIndex, keys: Rows, valid_N: np.ndarray, config: IndexConfig, k: int) -> float:
-    """Sets the index's search parameters to the chosen ones and returns their recall@k."""
-    valid_rows = np.flatnonzero(valid_N)
-    sample_Q = np.random.default_rng(config.sample_seed).choice(
-        valid_rows, size=min(config.recall_sample, len(valid_rows)), replace=False
-    )
-    sample_Q.sort()
-    queries_QxD = np.concatenate([np.asarray(keys[row : row + 1], np.float32) for row in sample_Q])
-    true_rows, _ = exclude_self(*exact_search(keys, valid_N, queries_QxD, k + 1), sample_Q, k)
-    if not (true_rows >= 0).any():
-        return 1.0  # a single key has no neighbours to miss
-    best: tuple[float, int, int] | None = None
-    for reorder, leaves_to_search in _candidates(index.leaves, config, k):
-        index.reorder, index.leaves_to_search = reorder, leaves_to_search
-        found_rows, _ = exclude_self(*index.search(queries_QxD, k + 1), sample_Q, k)
-        recall = round(recall_at_k(found_rows, true_rows), 6)
-        if best is None or recall > best[0]:
-            best = (recall, reorder, leaves_to_search)
-        if recall >= config.target_recall:
+def _build_and_tune(work: _Work) -> dict[str, Any]:
+    """Facts of the plan that reaches the goal; plans are tried in turn."""
+    sample_SxD = _sample(work)
+    plans, pilots = _plans(work, sample_SxD)
+    oracle = _Oracle(work)
+    tried: list[dict[str, Any]] = []
+    best: dict[str, Any] = {}
+    for number, (structure, near) in enumerate(plans):
+        trained = _train(structure, sample_SxD)
+        with Progress("index: build", work.shards, "shards") as progress:
+            for shard in range(work.shards):
+                build_shard(
+                    work.directory,
+                    shard,
+                    work.shards,
+                    work.keys,
+                    work.stream,
+                    work.datastore,
+                    structure,
+                    trained,
+                )
+                progress.advance(1)
+        chosen, trials = oracle.choose(structure, near)
+        tried += [_row(structure, one) for one in trials]
+        best = {
+            **dataclasses.asdict(structure),
+            **dataclasses.asdict(chosen.setting),
+            "recall": chosen.recall,
+            "recall_low": chosen.low,
+            "recall_rows": oracle.count,
+            "tuning": {"pilots": pilots, "index": tried},
+        }
+        if chosen.low >= work.config.target_recall or number == len(plans) - 1:
             break
-    recall, index.reorder, index.leaves_to_search = best
-    return recall
+    return best
 
 
-def _candidates(leaves: int, config: IndexConfig, k: int) -> list[tuple[int, int]]:
-    """(reorder, leaves_to_search) from the cheapest to the dearest."""
-    if not leaves:
-        return [(0, 0)]
-    reorders = [config.reorder] if config.reorder else [max(f * k, _REORDER_LEAST) for f in _REORDER_FACTORS]
-    pairs = []
-    for reorder in reorders:
-        if config.leaves_to_search:
-            pairs.append((reorder, config.leaves_to_search))
-            continue
-        # Past a quarter of the leaves more candidates are cheaper than more leaves.
-        most = leaves if reorder == reorders[-1] else max(leaves // 4, 1)
-        searched = max(leaves // 64, 1)
-        while searched < most:
-            pairs.append((reorder, searched))
-            searched = max(searched + 1, searched * 5 // 4)
-        pairs.append((reorder, most))
-    return pairs
+def _row(structure: Structure, one: tuning.Trial) -> dict[str, Any]:
+    values = {**dataclasses.asdict(structure), **dataclasses.asdict(one.setting)}
+    return {**values, "recall": one.recall, "recall_low": one.low, "cost_us": one.cost}
+
+
+def _sample(work: _Work) -> np.ndarray:
+    """float32 [S, D]: rows from all over the stream, in its order; all where they are few."""
+    rows, most = len(work.valid_N), min(_SAMPLE_ROWS, _SAMPLE_BYTES // (4 * work.keys.shape[1]))
+    if rows <= most:
+        blocks = [block for _, block in checked_blocks(work.keys, work.stream, 0, rows)]
+        return np.concatenate(blocks)[work.valid_N]
+    runs = max(most // _RUN_ROWS, 1)
+    parts = []
+    for start in np.arange(runs) * (rows - _RUN_ROWS) // runs:
+        part = np.concatenate(
+            [block for _, block in checked_blocks(work.keys, work.stream, start, start + _RUN_ROWS)]
+        )
+        parts.append(part[work.valid_N[start : start + _RUN_ROWS]])
+    return np.concatenate(parts)
+
+
+def _train(structure: Structure, sample_SxD: np.ndarray) -> Trained:
+    if not structure.leaves:
+        return scann_shard.brute_force(sample_SxD)
+    return scann_shard.train(sample_SxD, structure.leaves, structure.dimensions_per_block)
+
+
+def _plans(
+    work: _Work, sample_SxD: np.ndarray
+) -> tuple[list[tuple[Structure, Setting]], list[dict[str, Any]]]:
+    """Structures to build in turn, with the search expected to serve each, and the pilots' table."""
+    config, brute = work.config, (Structure(0, 0), Setting(0, 0))
+    if work.shard_rows < _BRUTE_FORCE_ROWS:
+        return [brute], []
+    total = int(work.valid_N.sum())
+    share = len(sample_SxD) / total
+    k = min(max(round(work.k * share), _PILOT_LEAST_K, 1), work.k, len(sample_SxD) - 1)
+    rng = np.random.default_rng(config.sample_seed)
+    asked_Q = np.sort(rng.choice(len(sample_SxD), size=min(_PILOT_QUERIES, len(sample_SxD)), replace=False))
+    every = np.ones(len(sample_SxD), bool)
+    truth, _ = exclude_self(*_exact(work.mesh, sample_SxD, every, sample_SxD[asked_Q], k + 1), asked_Q, k)
+    options, table = [], []
+    candidates = [s for s in tuning.structures(work.shard_rows, config) if s.leaves <= len(sample_SxD) // 8]
+    with Progress("index: pilots", len(candidates), "trees") as progress:
+        for structure in candidates:
+            trained = scann_shard.train(sample_SxD, structure.leaves, structure.dimensions_per_block)
+            with _loaded_pilot(trained, sample_SxD) as shard:
+                grid = tuning.settings(structure, len(sample_SxD), k + 1, config)
+                chosen = tuning.walk(
+                    grid,
+                    lambda s, of=structure: work.cost(of, work.of_pilot(s, k)),
+                    lambda s, of=shard: next(_recalls_of_shard(of, sample_SxD[asked_Q], truth)([s])),
+                    config.target_recall,
+                )
+            table.append({**_row(structure, chosen), "k": k, "rows": len(sample_SxD)})
+            options.append(
+                (chosen.low < config.target_recall, chosen.cost, structure, work.of_pilot(chosen.setting, k))
+            )
+            progress.advance(1)
+    options.sort(key=lambda option: option[:2])
+    pinned = config.leaves or config.leaves_to_search or config.reorder or config.dimensions_per_block
+    plans = [(structure, near) for fails, _, structure, near in options if not fails or pinned]
+    return plans + ([] if pinned and plans else [brute]), table
+
+
+@contextlib.contextmanager
+def _loaded_pilot(trained: Trained, sample_SxD: np.ndarray) -> Iterator[ScannShard]:
+    with tempfile.TemporaryDirectory(prefix="mlp-memory-index-") as name:
+        folder = Directory(name)
+        np.save(folder.path / GAPS, np.zeros(0, np.int64))
+        scann_shard.write_shard(folder.path, trained, [sample_SxD], *sample_SxD.shape)
+        facts = {"rows": [0, len(sample_SxD)], "leaves": trained.leaves, "bytes": {}}
+        finish(folder, Manifest("index_shard", {}, {}), **facts)
+        yield ScannShard(folder, 0, 0)
+
+
+def _recalls_of_shard(
+    shard: ScannShard, queries_QxD: np.ndarray, truth_Qxk: np.ndarray
+) -> Callable[[list[Setting]], Iterator[np.ndarray]]:
+    def recalls(settings: list[Setting]) -> Iterator[np.ndarray]:
+        for setting in settings:
+            shard.leaves_to_search, shard.reorder = setting.leaves_to_search, setting.reorder
+            found, _ = shard.search(queries_QxD, truth_Qxk.shape[1] + 1)
+            yield _hits(found, truth_Qxk) / (truth_Qxk >= 0).sum(1)
+
+    return recalls
+
+
+def _hits(found_Qxc: np.ndarray, truth_Qxk: np.ndarray) -> np.ndarray:
+    """How many of each query's true neighbours were found."""
+    return np.array([np.isin(true[true >= 0], found).sum() for found, true in zip(found_Qxc, truth_Qxk)])
+
+
+def _exact(
+    mesh: Mesh | None, keys: Rows, valid_N: np.ndarray, queries_QxD: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    options = {} if mesh is None else {"mesh": mesh}
+    return exact_search(keys, valid_N, queries_QxD, k, **options)
+
+
+class _Oracle:
+    """Sampled rows with their true neighbours, by which searches of the index are measured.
+
+    Attributes:
+      count: rows sampled.
+    """
+
+    def __init__(self, work: _Work):
+        self._work = work
+        valid_rows = np.flatnonzero(work.valid_N)
+        self.count = min(work.config.recall_sample, len(valid_rows))
+        rng = np.random.default_rng(work.config.sample_seed)
+        self._asked_Q = np.sort(rng.choice(valid_rows, size=self.count, replace=False))
+        self._queries_QxD = np.concatenate(
+            [np.asarray(work.keys[row : row + 1], np.float32) for row in self._asked_Q]
+        )
+        found = _exact(work.mesh, work.keys, work.valid_N, self._queries_QxD, work.k + 1)
+        self._truth_Qxk, _ = exclude_self(*found, self._asked_Q, work.k)
+
+    def choose(self, structure: Structure, near: Setting) -> tuple[tuning.Trial, list[tuning.Trial]]:
+        """The cheapest search of the built index that reaches the goal, and all that were tried."""
+        work, facts = self._work, {}
+        config = config_dict(work.config)
+        self._index = Index(work.directory, work.keys, work.valid_N, None, work.shards, config, facts)
+        grid = tuning.settings(structure, work.shard_rows, work.k + 1, work.config, near)
+        price = functools.partial(work.cost, structure)
+        return tuning.climb(grid, price, self._recalls, work.config.target_recall, price(near))
+
+    def _recalls(self, settings: list[Setting]) -> Iterator[np.ndarray]:
+        """Every shard is loaded once for all settings: what a shard finds of the true, all shards would."""
+        work, truth = self._work, self._truth_Qxk
+        hits = np.zeros((len(settings), self.count), np.int64)
+        for s in range(work.shards if settings else 0):
+            shard = self._index.shard(s)
+            for number, setting in enumerate(settings):
+                shard.leaves_to_search, shard.reorder = setting.leaves_to_search, setting.reorder
+                hits[number] += _hits(shard.search(self._queries_QxD, work.k + 1)[0], truth)
+        true = (truth >= 0).sum(1)
+        # A single key has no neighbours to miss.
+        yield from np.where(true > 0, hits / np.maximum(true, 1), 1.0)

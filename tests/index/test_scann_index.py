@@ -6,12 +6,15 @@ import sys
 import numpy as np
 import pytest
 
-from mlp_memory.artifacts import Directory, UserError, peek
+from mlp_memory.artifacts import Directory, UserError, config_dict, peek
+from mlp_memory.index import scann_shard
+from mlp_memory.index.build import build_shard
 from mlp_memory.index.config import IndexConfig
 from mlp_memory.index.exact import exact_search
 from mlp_memory.index.neighbors import exclude_self, recall_at_k
-from mlp_memory.index.scann_index import ScannIndex, build_shard
+from mlp_memory.index.search import Index, open_index
 from mlp_memory.index.stage import build_index
+from mlp_memory.index.tuning import Structure
 
 K = 20
 
@@ -29,6 +32,9 @@ class Documents:
     def has_next(self, start, stop):
         return self.valid[start:stop]
 
+    def document_ids(self, start, stop):
+        return np.append(0, np.cumsum(~self.valid))[start:stop]
+
 
 def clustered_keys(rng, rows, dimension=24):
     """Points around 60 centres, with a few exact duplicates."""
@@ -40,7 +46,7 @@ def clustered_keys(rng, rows, dimension=24):
 
 def built(path, keys, stream, config=None):
     build_index(Directory(path), keys, "datastore-1", stream, config or IndexConfig(), K)
-    return ScannIndex.load(Directory(path))
+    return open_index(Directory(path), keys, stream.valid)
 
 
 def file_digests(path):
@@ -58,7 +64,7 @@ def test_measured_recall_reaches_the_target_and_is_what_a_search_gives(tmp_path)
     facts = peek(Directory(tmp_path / "index")).facts
     assert facts["recall"] >= 0.95
     assert facts["keys"] == stream.valid.sum()
-    assert (index.leaves, index.leaves_to_search) == (facts["leaves"], facts["leaves_to_search"])
+    assert (index.leaves_to_search, index.reorder) == (facts["leaves_to_search"], facts["reorder"])
     asked = np.flatnonzero(stream.valid)
     found, _ = exclude_self(*index.search(keys[asked], K + 1), asked, K)
     true, _ = exclude_self(*exact_search(keys, stream.valid, keys[asked], K + 1), asked, K)
@@ -76,10 +82,9 @@ def test_rows_found_have_a_next_token_and_their_true_distance(tmp_path, rows, sh
     assert stream.valid[found_rows[real]].all()
     queries = np.broadcast_to(keys[:200, None], (*found_rows.shape, keys.shape[1]))
     want = ((queries[real] - keys[found_rows[real]]) ** 2).sum(1)
-    # Brute force in batches expands the square: rounding is relative to the norms, not to the distance.
+    # The square is expanded: rounding is relative to the norms, not to the distance.
     norms = (queries[real] ** 2).sum(1) + (keys[found_rows[real]] ** 2).sum(1)
-    rounding = 1e-5 * want if index.leaves else 8 * np.finfo(np.float32).eps * norms
-    assert (np.abs(sqdist[real] - want) <= rounding).all()
+    assert (np.abs(sqdist[real] - want) <= 1e-6 * norms).all()
     assert np.isinf(sqdist[~real]).all()
     assert (real.sum(1) == min(K, stream.valid.sum())).all()
     order = np.where(real, found_rows, np.iinfo(np.int64).max)
@@ -109,7 +114,7 @@ import sys, numpy as np
 from mlp_memory.artifacts import Directory
 from mlp_memory.index.config import IndexConfig
 from mlp_memory.index.stage import build_index
-from mlp_memory.index.scann_index import ScannIndex
+from mlp_memory.index.search import open_index
 class Stream:
     valid = np.load(sys.argv[1] + "/valid.npy")
     def __len__(self): return len(self.valid)
@@ -117,7 +122,7 @@ class Stream:
 keys = np.load(sys.argv[1] + "/keys.npy")
 config = IndexConfig(shards=2, leaves=400, recall_sample=50)
 build_index(Directory(sys.argv[2]), keys, "datastore-1", Stream(), config, 20)
-rows, sqdist = ScannIndex.load(Directory(sys.argv[2])).search(keys[:2000], 20)
+rows, sqdist = open_index(Directory(sys.argv[2]), keys, Stream.valid).search(keys[:2000], 20)
 np.savez(sys.argv[2] + "/found.npz", rows=rows, sqdist=sqdist)
 assert not [m for m in sys.modules if m.split(".")[0] in ("tensorflow", "seqio")]
 """
@@ -140,7 +145,7 @@ def test_an_index_can_be_moved_and_searched_again(tmp_path):
     before = built(tmp_path / "index", keys, stream).search(keys[:500], K)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "index").rename(tmp_path / "elsewhere" / "moved")
-    index = ScannIndex.load(Directory(tmp_path / "elsewhere" / "moved"))
+    index = open_index(Directory(tmp_path / "elsewhere" / "moved"), keys, stream.valid)
     for _ in range(3):
         after = index.search(keys[:500], K)
         np.testing.assert_array_equal(before[0], after[0])
@@ -184,23 +189,25 @@ def test_a_remote_shard_is_copied_with_its_manifest_last(tmp_path):
 
     rng = np.random.default_rng()
     keys, stream = clustered_keys(rng, 5000), Documents(rng, 5000)
-    build_shard(Remote(tmp_path / "remote"), 0, keys, stream.valid, "datastore-1", IndexConfig())
-    build_shard(Directory(tmp_path / "local"), 0, keys, stream.valid, "datastore-1", IndexConfig())
+    trained = scann_shard.train(keys, 60, 2)
+    for directory in (Remote(tmp_path / "remote"), Directory(tmp_path / "local")):
+        build_shard(directory, 0, 1, keys, stream, "datastore-1", Structure(60, 2), trained)
     assert log[-1] == "manifest.json"
     assert log.count("manifest.json") == 1
     assert file_digests(tmp_path / "remote") == file_digests(tmp_path / "local")
-    shutil.copytree(tmp_path / "remote", tmp_path / "loaded")
-    built(tmp_path / "loaded", keys, stream)
-    remote = ScannIndex.load(Remote(tmp_path / "loaded")).search(keys[:9], K)
-    local = ScannIndex.load(Directory(tmp_path / "loaded")).search(keys[:9], K)
-    np.testing.assert_array_equal(remote[0], local[0])
+    facts = {"leaves_to_search": 60, "reorder": 100}
+    found = [
+        Index(directory, keys, stream.valid, None, 1, config_dict(IndexConfig()), facts).search(keys[:9], K)
+        for directory in (Remote(tmp_path / "remote"), Directory(tmp_path / "local"))
+    ]
+    np.testing.assert_array_equal(found[0][0], found[1][0])
 
 
 def test_faults_are_one_line_that_says_what_to_do(tmp_path):
     rng = np.random.default_rng()
     keys, stream = clustered_keys(rng, 800), Documents(rng, 800)
     with pytest.raises(UserError, match=r"run `python -m mlp_memory index` first"):
-        ScannIndex.load(Directory(tmp_path / "nothing"))
+        open_index(Directory(tmp_path / "nothing"), keys, stream.valid)
     with pytest.raises(UserError, match="700 rows, the token stream 800"):
         build_index(Directory(tmp_path / "short"), keys[:700], "datastore-1", stream, IndexConfig(), K)
     built(tmp_path / "index", keys, stream)
@@ -212,7 +219,7 @@ def test_faults_are_one_line_that_says_what_to_do(tmp_path):
     size = dataset.stat().st_size
     dataset.write_bytes(dataset.read_bytes()[:-40])
     with pytest.raises(UserError, match=rf"dataset.npy has {size - 40} bytes, not {size}"):
-        ScannIndex.load(Directory(tmp_path / "index"))
+        open_index(Directory(tmp_path / "index"), keys, stream.valid).search(keys[:9], K)
     stream.valid[:] = False
     with pytest.raises(UserError, match="none of the stream's 800 rows has a next token"):
         build_index(Directory(tmp_path / "empty"), keys, "datastore-1", stream, IndexConfig(), K)

@@ -6,11 +6,11 @@ import pytest
 
 from mlp_memory.artifacts import ArrayReader, ArraySpec, ChunkWriter, Directory, UserError, begin, peek
 from mlp_memory.index.config import IndexConfig
+from mlp_memory.index.search import Index, open_index
 from mlp_memory.index.stage import build_index
 from mlp_memory.targets import units as units_module
 from mlp_memory.targets.config import RetrieveConfig
 from mlp_memory.targets.retrieve import Validation, retrieve
-from mlp_memory.targets.todays_index import TodaysIndex
 from mlp_memory.targets.units import Inputs
 
 N, D, VOCAB = 5300, 12, 50
@@ -33,6 +33,9 @@ class Documents:
     def __len__(self):
         return N
 
+    def document_ids(self, start, stop):
+        return np.zeros(stop - start, np.int32)
+
     def has_next(self, start, stop):
         return ~self.last[start:stop]
 
@@ -46,7 +49,7 @@ class World:
     stream: Documents
     keys: np.ndarray
     reader: ArrayReader
-    index: TodaysIndex
+    index: Index
     validation: Validation
 
     def inputs(self) -> Inputs:
@@ -73,7 +76,9 @@ def world(tmp_path_factory):
     validation = Validation(
         rng.normal(size=(300, D)), np.log(rng.uniform(0.01, 0.2, 300)), rng.integers(0, VOCAB, 300)
     )
-    return World(stream, keys, reader, TodaysIndex(Directory(path / "index")), validation)
+    return World(
+        stream, keys, reader, open_index(Directory(path / "index"), keys, stream.has_next(0, N)), validation
+    )
 
 
 def run(world, path, config=CONFIG):

@@ -1,0 +1,125 @@
+"""One shard of the index: built in a staging folder and published whole or not at all."""
+
+import contextlib
+import dataclasses
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mlp_memory.artifacts import (
+    Directory,
+    Manifest,
+    UserError,
+    begin,
+    digest,
+    finish,
+    first_line,
+    peek,
+    require_same,
+)
+from mlp_memory.index import scann_shard
+from mlp_memory.index.exact import Rows
+from mlp_memory.index.scann_shard import GAPS, Trained
+from mlp_memory.index.shards import Stream, checked_blocks, shard_name, shard_rows
+from mlp_memory.index.tuning import Structure
+
+
+def build_shard(
+    directory: Directory,
+    shard: int,
+    shards: int,
+    keys: Rows,
+    stream: Stream,
+    datastore: str,
+    structure: Structure,
+    trained: Trained,
+) -> None:
+    """Builds and publishes one shard unless it is there already.
+
+    Memory: a block of keys and codes, some 200 MB, whatever the shard's rows.
+
+    Args:
+      directory: WORKDIR/index.
+      shard: number of the shard, from 0.
+      shards: how many there are.
+      keys: [N, D] keys of the whole stream, any float dtype.
+      stream: rows that have a next token; the others are never inserted.
+      datastore: fingerprint of the datastore.
+      structure: of the tree.
+      trained: centres and codes.
+
+    Raises:
+      UserError: the shard's folder holds one made from other keys, or a key is not finite.
+    """
+    rows = len(stream)
+    start, stop = shard_rows(rows, shards, shard)
+    target = directory / shard_name(shard)
+    trained_digest = digest(b"".join(trained.files[name] for name in sorted(trained.files)))
+    made_with = {"shards": shards, **dataclasses.asdict(structure), "trained": trained_digest}
+    parents = {"datastore": datastore}
+    found = peek(target)
+    if found is not None and found.finished:
+        # Another plan's shard, as a kill between two plans leaves it, is made anew.
+        require_same(target, found, Manifest("index_shard", found.config, parents))
+        if found.config == made_with:
+            return
+    valid_S = stream.has_next(start, stop)
+    with _staging(directory, shard) as staging:
+        np.save(staging / GAPS, start + np.flatnonzero(~valid_S).astype(np.int64))
+        positions = int(valid_S.sum())
+        if positions:
+            blocks = (
+                block_RxD[valid_S[first - start : first - start + len(block_RxD)]]
+                for first, block_RxD in checked_blocks(keys, stream, start, stop)
+            )
+            scann_shard.write_shard(staging, trained, blocks, positions, keys.shape[1])
+        staged = Directory(staging)
+        files = staged.names()
+        manifest = begin(staged, "index_shard", made_with, parents)
+        manifest.checksums = {name: [_file_digest(staging / name)] for name in files}
+        facts = {
+            "rows": [start, stop],
+            "keys": positions,
+            "leaves": structure.leaves,
+            "method": "tree and hashing" if structure.leaves else "brute force",
+            "bytes": {name: (staging / name).stat().st_size for name in files},
+        }
+        _publish(staged, target, finish(staged, manifest, **facts))
+
+
+@contextlib.contextmanager
+def _staging(directory: Directory, shard: int) -> Iterator[Path]:
+    """An empty local folder, next to the shard's place where that is local; gone at the end."""
+    if directory.is_local:
+        path = directory.path / f"building-{shard_name(shard)}"
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path = Path(tempfile.mkdtemp(prefix="mlp-memory-index-"))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {first_line(error)}") from error
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _publish(staged: Directory, target: Directory, manifest: Manifest) -> None:
+    """Makes a staged shard appear at its place in one step: a rename, or the manifest's write."""
+    target.delete()
+    if target.is_local:
+        staged.path.rename(target.path)
+        return
+    for name in manifest.facts["bytes"]:
+        target.write(name, (staged.path / name).read_bytes())
+    finish(target, manifest)
+
+
+def _file_digest(path: Path) -> str:
+    """16 hex digits of the file's sha256, as `artifacts.digest` gives for bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,0 +1,300 @@
+"""ScaNN: centres and codebooks trained on a sample; a shard's files written, loaded, searched.
+
+The only importer of scann. A shard is a k-means tree whose leaves hold 4-bit codes of the
+residuals, and the keys themselves for reordering; one of few rows is the keys alone, searched by
+brute force. ScaNN reads its files from the shard's folder `scann`: its configuration
+(`scann_config.pb`), the lifted keys (`dataset.npy`), each row's leaf
+(`datapoint_to_token.npy`) and codes (`hashed_dataset.npy`), the tree
+(`serialized_partitioner.pb`) and the codebook (`ah_codebook.pb`).
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlp_memory.artifacts import Directory, UserError, first_line, peek
+from mlp_memory.index.codec import Codebook, Space
+
+GAPS = "rows_without_key.npy"
+SPACE = "space.npy"
+FOLDER = "scann"
+# ScaNN searches so many queries together; a batch of fewer than about ten takes another path, whose
+# candidates differ here and there. Filled up to _LEAST_QUERIES, a query's rows are its own.
+_BATCH_QUERIES = 256
+_LEAST_QUERIES = 32
+_TRAINING_ITERATIONS = 12
+_CONFIG, _DATASET = "scann_config.pb", "dataset.npy"
+_TREE, _BOOK, _LEAVES, _CODES = (
+    "serialized_partitioner.pb",
+    "ah_codebook.pb",
+    "datapoint_to_token.npy",
+    "hashed_dataset.npy",
+)
+_ASSETS = {
+    _BOOK: "AH_CENTERS",
+    _TREE: "PARTITIONER",
+    _LEAVES: "TOKENIZATION_NPY",
+    _CODES: "AH_DATASET_NPY",
+    _DATASET: "DATASET_NPY",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a sample gave, for any number of shards.
+
+    Attributes:
+      space: of the dot product.
+      codebook: None for brute force.
+      files: ScaNN's, by name: its configuration and, with a codebook, the tree and the codebook.
+    """
+
+    space: Space
+    codebook: Codebook | None
+    files: dict[str, bytes]
+
+    @property
+    def leaves(self) -> int:
+        """Of the tree; 0 for brute force."""
+        return len(self.codebook.centres_LxE) if self.codebook else 0
+
+
+def brute_force(sample_SxD: np.ndarray) -> Trained:
+    """No tree and no codes: every key is compared."""
+    from google.protobuf import text_format
+
+    config = _scann("proto.scann_pb2").ScannConfig()
+    text = 'num_neighbors: 1 distance_measure { distance_measure: "DotProductDistance" } brute_force {}'
+    text_format.Parse(text, config)
+    return Trained(Space.of(sample_SxD), None, {_CONFIG: config.SerializeToString(deterministic=True)})
+
+
+def train(sample_SxD: np.ndarray, leaves: int, dimensions_per_block: int) -> Trained:
+    """A tree of so many leaves, and 4-bit codes of so many dimensions each.
+
+    The same sample gives the same files in any process: k-means++ starts from a fixed seed (ScaNN's
+    random start has none), and one thread sums in one order.
+
+    Raises:
+      UserError: ScaNN refuses the sample or the numbers.
+    """
+    space = Space.of(sample_SxD)
+    lifted_SxE = space.keys(sample_SxD)
+    # Numbers of neighbours, candidates and leaves only are defaults: each search names its own.
+    builder = _scann("scann_ops.py.scann_ops_pybind").builder(lifted_SxE, 1, "dot_product")
+    builder.set_n_training_threads(1)
+    builder.tree(
+        leaves,
+        leaves,
+        training_sample_size=len(sample_SxD),
+        training_iterations=_TRAINING_ITERATIONS,
+        random_init=False,
+    )
+    builder.score_ah(min(dimensions_per_block, lifted_SxE.shape[1]), training_sample_size=len(sample_SxD))
+    with tempfile.TemporaryDirectory(prefix="mlp-memory-index-") as folder:
+        try:
+            with _quiet():
+                builder.build().serialize(folder, relative_path=True)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"ScaNN refuses {len(sample_SxD)} keys with {leaves} leaves, {dimensions_per_block} "
+                f"dimensions per block: {first_line(error)}"
+            ) from error
+        files = {name: (Path(folder) / name).read_bytes() for name in (_CONFIG, _TREE, _BOOK)}
+    config = _scann("proto.scann_pb2").ScannConfig.FromString(files[_CONFIG])
+    # Built without, so that it keeps no keys; a loaded searcher reorders by those in its folder.
+    config.exact_reordering.approx_num_neighbors = 1
+    files[_CONFIG] = config.SerializeToString(deterministic=True)
+    return Trained(space, _codebook(files), files)
+
+
+def trained_from(space_E: np.ndarray, files: dict[str, bytes]) -> Trained:
+    """What `train` gave, from its files and the array in `SPACE`."""
+    space = Space(space_E[:-1], float(space_E[-1]))
+    return Trained(space, _codebook(files) if _TREE in files else None, files)
+
+
+def space_array(space: Space) -> np.ndarray:
+    """float32 [E]: mean and scale, as stored."""
+    return np.append(space.mean_D, np.float32(space.scale)).astype(np.float32)
+
+
+def _codebook(files: dict[str, bytes]) -> Codebook:
+    tree = _scann("partitioning.partitioner_pb2").SerializedPartitioner.FromString(files[_TREE])
+    root = tree.kmeans.kmeans_tree.root
+    if [child.leaf_id for child in root.children] != list(range(len(root.centers))):
+        raise RuntimeError("ScaNN numbers its leaves in another order than its centres")
+    book = _scann("proto.centers_pb2").CentersForAllSubspaces.FromString(files[_BOOK])
+    words = [[np.array(word.feature_value_float) for word in b.center] for b in book.subspace_centers]
+    codewords = np.zeros((len(words), 16, len(words[0][0])), np.float32)
+    for b, of_block in enumerate(words):
+        codewords[b, len(of_block) :] = np.inf  # fewer than 16 distinct values: never chosen
+        for c, word in enumerate(of_block):
+            codewords[b, c, : len(word)] = word
+    return Codebook(np.array([center.dimension for center in root.centers], np.float32), codewords)
+
+
+def write_shard(
+    folder: Path, trained: Trained, blocks: Iterable[np.ndarray], positions: int, dimension: int
+) -> None:
+    """Writes the files of one shard into a local folder, block by block.
+
+    Args:
+      folder: exists.
+      trained: codes its keys.
+      blocks: float32 [R, D] keys, `positions` in all.
+      positions: rows of the shard.
+      dimension: D.
+    """
+    np.save(folder / SPACE, space_array(trained.space))
+    (folder / FOLDER).mkdir()
+    for name, data in trained.files.items():
+        (folder / FOLDER / name).write_bytes(data)
+    shapes = {_DATASET: ((positions, dimension + 1), "<f4")}
+    if trained.codebook:
+        shapes[_LEAVES] = ((positions,), "<i4")
+        shapes[_CODES] = ((positions, len(trained.codebook.codewords_Bx16xP)), "|u1")
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for name, (shape, dtype) in shapes.items():
+            files[name] = stack.enter_context((folder / FOLDER / name).open("wb"))
+            header = {"descr": dtype, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(files[name], header)
+        for block_RxD in blocks:
+            lifted_RxE = trained.space.keys(block_RxD)
+            files[_DATASET].write(lifted_RxE.data)
+            if trained.codebook:
+                leaves_R, codes_RxB = trained.codebook.encode(lifted_RxE)
+                files[_LEAVES].write(leaves_R.data)
+                files[_CODES].write(codes_RxB.data)
+
+
+class ScannShard:
+    """One shard, loaded. Memory: its keys and codes, 4.5·d bytes per row."""
+
+    def __init__(self, directory: Directory, leaves_to_search: int, reorder: int):
+        """Loads it.
+
+        Raises:
+          UserError: a file is missing or damaged.
+        """
+        self.leaves_to_search, self.reorder = leaves_to_search, reorder
+        manifest = peek(directory)
+        if manifest is None or not manifest.finished:
+            raise UserError(f"{directory} is missing: run `python -m mlp_memory index` first")
+        self._local = None
+        if directory.is_local:
+            path = directory.path
+        else:
+            self._local = tempfile.TemporaryDirectory(prefix="mlp-memory-index-")
+            path = Path(self._local.name)
+            for name in manifest.facts["bytes"]:
+                (path / name).parent.mkdir(exist_ok=True)
+                (path / name).write_bytes(directory.read(name) or b"")
+        for name, size in manifest.facts["bytes"].items():
+            found = (path / name).stat().st_size if (path / name).is_file() else None
+            if found != size:
+                what = "is missing" if found is None else f"has {found} bytes, not {size}"
+                raise UserError(f"{directory}/{name} {what}: delete {directory} and run `index` again")
+        start, stop = manifest.facts["rows"]
+        valid = np.ones(stop - start, bool)
+        valid[np.load(path / GAPS, allow_pickle=False) - start] = False
+        self._row_of_position = start + np.flatnonzero(valid)
+        self._space, self._searcher = None, None
+        if len(self._row_of_position):
+            space_E = np.load(path / SPACE, allow_pickle=False)
+            self._space = Space(space_E[:-1], float(space_E[-1]))
+            try:
+                self._searcher = load(path / FOLDER)
+            except (RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"{directory} is damaged ({first_line(error)}): delete it and run `index` again"
+                ) from error
+        self.leaves: int = manifest.facts["leaves"]
+
+    def search(self, queries_QxE: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `search.Index.search`, among the rows of the shard."""
+        rows_Qxk = np.full((len(queries_QxE), k), -1, np.int64)
+        sqdist_Qxk = np.full((len(queries_QxE), k), np.inf, np.float32)
+        keys = len(self._row_of_position)
+        if self._searcher is None or not len(queries_QxE):
+            return rows_Qxk, sqdist_Qxk
+        lifted_QxE = self._space.queries(queries_QxE)
+        limits = (None, None)
+        if self.leaves:
+            limits = (
+                min(max(self.reorder, k), keys),
+                min(max(self.leaves_to_search, 1), self.leaves),
+            )
+        last_batch = len(lifted_QxE) % _BATCH_QUERIES
+        filling = max(_LEAST_QUERIES - last_batch, 0) if last_batch else 0
+        position_Qxc, dots_Qxc = self._searcher.search_batched_parallel(
+            np.pad(lifted_QxE, ((0, filling), (0, 0)), mode="edge"),
+            min(k, keys),
+            *limits,
+            batch_size=_BATCH_QUERIES,
+        )
+        position_Qxc, dots_Qxc = position_Qxc[: len(lifted_QxE)], dots_Qxc[: len(lifted_QxE)]
+        # ScaNN pads with position 0 and NaN.
+        found_Qxc = ~np.isnan(dots_Qxc)
+        count = dots_Qxc.shape[1]
+        sqdist_Qxk[:, :count] = np.where(found_Qxc, self._space.sqdist(lifted_QxE, dots_Qxc), np.inf)
+        rows_Qxk[:, :count] = np.where(found_Qxc, self._row_of_position[position_Qxc.astype(np.int64)], -1)
+        return rows_Qxk, sqdist_Qxk
+
+
+def load(folder: Path) -> Any:
+    """ScaNN's searcher over the files of a folder, all cores its own.
+
+    Not by scann's own `load_searcher`, which unpickles a file of that folder.
+    """
+    names = [name for name in _ASSETS if (folder / name).is_file()]
+    assets = "".join(f'assets {{ asset_type: {_ASSETS[name]} asset_path: "{name}" }}\n' for name in names)
+    pybind = _scann("scann_ops.py.scann_ops_pybind")
+    with _quiet():
+        searcher = pybind.ScannSearcher(pybind.scann_pybind.ScannNumpy(str(folder), assets))
+    searcher.set_num_threads(os.cpu_count() or 1)
+    return searcher
+
+
+def _scann(module: str) -> Any:
+    """A module of scann, without TensorFlow.
+
+    scann imports TensorFlow for its graph ops only, and goes on when there is none: hidden,
+    the import takes 0.3 s instead of 7 and no GPU memory is claimed.
+    """
+    name = "tensorflow"
+    hidden = name not in sys.modules
+    if hidden:
+        sys.modules[name] = None  # type: ignore[assignment]  # Python's way to refuse an import
+    try:
+        return importlib.import_module(f"scann.{module}")
+    finally:
+        if hidden:
+            del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the C++ library's log lines from standard error; shows them if the work fails."""
+    sys.stderr.flush()
+    original = os.dup(2)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            log.seek(0)
+            os.write(original, log.read())
+            raise
+        finally:
+            os.dup2(original, 2)
+            os.close(original)
