@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import logging
+import math
 import os
 import re
 import sys
@@ -30,6 +31,13 @@ command line:
 
 Once a workdir holds a stage, --gin_file may be left out: its config.gin is used.
 A killed run goes on where it stopped when the same command is given again.
+"""
+_PLAN_EPILOG = """\
+For Wikipedia's five billion tokens and Llama-2-7B, keys as 256 numbers of one byte, 500 workers:
+
+  python -m mlp_memory plan retrieve --rows=5e9 --workers=500 \\
+      --gin_file=gin_configs/recipes/paper_llama2_7b_wikipedia.gin \\
+      --gin='embed.key_dtype="int8"' --gin='embed.key_dim=256'
 """
 
 SECTIONS = {
@@ -91,17 +99,67 @@ def _parser() -> argparse.ArgumentParser:
                 default="both",
                 help="both: base, then base with memory",
             )
+    _add_plan(stages)
     return parser
 
 
-def load_config(files: list[str], bindings: list[str], workdir: Directory) -> Config:
-    """The config of these gin files and bindings; without files, of the workdir's config.gin.
+def _add_plan(stages: argparse._SubParsersAction) -> None:
+    text = "what stages would need at another size, on paper"
+    plan = stages.add_parser(
+        "plan",
+        help=text,
+        description=text,
+        epilog=_PLAN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan.add_argument(
+        "what", choices=("retrieve",), help="retrieve: embed, index and retrieve: disk, memory, worker-hours"
+    )
+    plan.add_argument("--rows", required=True, help="tokens of the datastore: 600e6, say")
+    plan.add_argument("--dim", type=int, help="of a hidden state (decoder.dim)")
+    plan.add_argument("--k", type=int, help="neighbours (retrieve.k)")
+    plan.add_argument("--workers", type=int, default=1, help="processes of two cores")
+    plan.add_argument("--gin_file", action="append", default=[], help="recipe; may be given again")
+    plan.add_argument(
+        "--gin", action="append", default=[], metavar="NAME.PARAM=VALUE", help="binding; may be given again"
+    )
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from mlp_memory.targets.plan import plan_retrieve, plan_table
+
+    for name, value in (("--dim", args.dim), ("--k", args.k), ("--workers", args.workers)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} = {value}: give 1 or more")
+    try:
+        rows = float(args.rows.replace(",", "").replace("_", ""))
+    except ValueError:
+        rows = math.nan
+    if not 1 <= rows < math.inf:
+        raise UserError(f"--rows = {args.rows}: give the tokens of the datastore, 1 or more")
+    bindings = [*args.gin, *([f"retrieve.k = {args.k}"] if args.k else [])]
+    config = load_config(args.gin_file, bindings, None)
+    decoder = config.decoder
+    if args.dim and args.dim != decoder.dim:
+        # A decoder of that width, its heads as wide as before.
+        heads = max(args.dim // decoder.head_dim, 1)
+        decoder = dataclasses.replace(
+            decoder, dim=args.dim, heads=heads, kv_heads=0, head_size=decoder.head_dim, ffn_dim=0
+        )
+    needs = plan_retrieve(int(rows), decoder, config.embed, config.index, config.retrieve)
+    print(plan_table(int(rows), needs, args.workers))
+
+
+def load_config(files: list[str], bindings: list[str], workdir: Directory | None) -> Config:
+    """The config of these gin files and bindings; without files, of the workdir's config.gin if there is one.
 
     Raises:
       UserError: a file is missing, a name unknown, a value impossible.
     """
     gin.clear_config()
-    saved = [] if files else [workdir.read(_SAVED) if not workdir.is_local or workdir.path.is_dir() else None]
+    saved = []
+    if not files and workdir is not None and (not workdir.is_local or workdir.path.is_dir()):
+        saved = [workdir.read(_SAVED)]
     for file in files:
         if not Path(file).is_file():
             raise UserError(f"--gin_file {file!r} does not exist: gin_configs/recipes holds the recipes")
@@ -195,6 +253,9 @@ def _generate(args: argparse.Namespace, job: Job) -> None:
 
 
 def _dispatch(args: argparse.Namespace) -> None:
+    if args.stage == "plan":
+        _plan(args)
+        return
     workdir = Directory(args.workdir)
     source = getattr(args, "source", None)
     bindings = [*args.gin, *([f"pretrained.source = {source!r}"] if source else [])]
