@@ -75,6 +75,8 @@ def run_units(
       UserError: a worker raised it, or units are missing after `config.attempts` pipelines.
       RuntimeError: a worker raised anything else.
     """
+    if not any(groups):
+        return
     if config.in_process:
         worker = make_worker()
         for unit in itertools.chain.from_iterable(groups):

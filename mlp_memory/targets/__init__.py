@@ -1,6 +1,7 @@
 """Neighbours in, sparse next-token distributions out: what the memory is taught.
 
 `retrieve.retrieve` searches the index for every row of the stream, leaves the row itself
-out, and writes WORKDIR/targets; memory/ reads them in distillation. `knn` has the
-distribution itself, which evaluation/ and inference/ use for kNN-LM, `temperature` its τ.
+out, and writes WORKDIR/targets by `units` that many processes may do; memory/ reads them in
+distillation. `knn` has the distribution itself, which evaluation/ and inference/ use for kNN-LM,
+`temperature` its τ.
 """

@@ -107,7 +107,8 @@ class Worker:
 
     Memory: one shard of the index, the tokens (2 bytes per row of the stream, 4 where the
     vocabulary needs them), and of the block at work (B rows, d dimensions, C = k + 1
-    candidates) its queries and the lists of two shards: B·(8·d + 32·C) bytes.
+    candidates) its queries and the lists of two shards: B·(8·d + 32·C) bytes. To which the
+    readers of keys and tokens add what they cache, 1 GiB each at most.
 
     Args:
       directory: WORKDIR/targets, begun.
