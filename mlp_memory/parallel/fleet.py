@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -75,6 +75,8 @@ def run_units(
       UserError: a worker raised it, or units are missing after `config.attempts` pipelines.
       RuntimeError: a worker raised anything else.
     """
+    if not any(groups):
+        return
     if config.in_process:
         worker = make_worker()
         for unit in itertools.chain.from_iterable(groups):
@@ -83,36 +85,40 @@ def run_units(
         return
     missing = set(itertools.chain.from_iterable(groups))
     for attempt in range(1, config.attempts + 1):
-        if not missing:
-            return
         left = [[unit for unit in group if unit in missing] for group in groups]
         with _Pipeline(make_worker, elements(left, config.workers), config, notes) as pipeline:
-            asked, quiet_since, runs = 0.0, time.monotonic(), True
-            while runs:
-                # Listing the files of a long run takes a while: at most a tenth of the time.
-                runs = pipeline.runs(max(_POLL_SECONDS, 10 * asked))
-                start = time.monotonic()
-                new = finished() & missing
-                asked = time.monotonic() - start
-                for unit in sorted(new):
-                    done(unit)
-                missing -= new
-                pipeline.raise_failure()
-                quiet_since = time.monotonic() if new else quiet_since
-                if time.monotonic() - quiet_since > config.patience:
-                    note(f"{what}: no unit was finished for {config.patience:g} s, the pipeline is ended")
-                    break
-            if missing and attempt < config.attempts:
-                note(
-                    f"{what}: a pipeline ended early, a worker was lost perhaps; {len(missing)} units "
-                    f"are missing and done by attempt {attempt + 1} of {config.attempts}"
-                )
-            elif missing:
+            for unit in _as_finished(pipeline, missing, config.patience, finished):
+                missing.remove(unit)
+                done(unit)
+            if not missing:
+                return
+            if attempt == config.attempts:
                 raise UserError(
                     f"{what}: {len(missing)} units are still missing after fleet.attempts = "
                     f"{config.attempts} pipelines of {config.runner}: {pipeline.keep_log()}; "
                     "the same command goes on from here"
                 )
+        note(
+            f"{what}: a pipeline ended or hung and left {len(missing)} units, a worker was lost perhaps; "
+            f"attempt {attempt + 1} of {config.attempts} does them"
+        )
+
+
+def _as_finished(
+    pipeline: "_Pipeline[Unit]", missing: set[Unit], patience: float, finished: Callable[[], set[Unit]]
+) -> Iterator[Unit]:
+    """Units as their files appear, until the pipeline ends or nothing appears for too long."""
+    seconds, quiet_since, runs = _POLL_SECONDS, time.monotonic(), True
+    while runs and time.monotonic() - quiet_since < patience:
+        runs = pipeline.runs(seconds)
+        start = time.monotonic()
+        new = sorted(finished() & missing)
+        # Listing the files of a long run takes a while: at most a tenth of the time.
+        seconds = max(_POLL_SECONDS, 10 * (time.monotonic() - start))
+        yield from new
+        pipeline.raise_failure()
+        if new:
+            quiet_since = time.monotonic()
 
 
 def elements(groups: Sequence[Sequence[Unit]], workers: int) -> list[list[Unit]]:
@@ -121,7 +127,7 @@ def elements(groups: Sequence[Sequence[Unit]], workers: int) -> list[list[Unit]]
     A lone group is cut into single units. Several have a common thing each (an index shard) that
     whoever takes an element loads, so they are cut only as far as `workers` processes need
     to be kept busy: into 2·workers elements in all, or one a group if there are more groups. So the
-    things are loaded 2·workers + groups times at most, and a third of that by a worker of three.
+    things are loaded 2·workers + groups times at most, by all workers together.
     """
     groups = [list(group) for group in groups if group]
     if len(groups) == 1 or not groups:

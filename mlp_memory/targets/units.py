@@ -101,7 +101,8 @@ class Worker:
 
     Memory: one shard of the index, the tokens (2 bytes per row of the stream, 4 where the
     vocabulary needs them; twice with exclude_context), and of the block at work (B rows, d
-    dimensions, C candidates) its queries and the lists of two shards: B·(8·d + 32·C) bytes.
+    dimensions, C candidates) its queries and the lists of two shards: B·(8·d + 32·C) bytes. To
+    which the readers of keys and tokens add what they cache, 1 GiB each at most.
 
     Args:
       directory: WORKDIR/targets, begun.

@@ -84,17 +84,22 @@ def test_in_process_every_unit_is_done_in_order(tmp_path):
 
 
 def test_units_of_a_killed_and_of_a_hanging_worker_are_done_by_the_next(tmp_path):
-    for name in ("kill-3", "hang-7"):
-        Directory(tmp_path).write(name, b"")
-    # A slow machine may start a pipeline in vain; that costs it an attempt.
-    done, notes = run(tmp_path, beam(patience=12.0, attempts=8))
+    start = time.monotonic()
+    Directory(tmp_path / "a").write("kill-3", b"")
+    done, notes = run(tmp_path / "a", beam())
     assert sorted(done) == UNITS
-    assert len(set(done)) == len(done)
-    assert sum("a worker was lost perhaps" in note for note in notes) >= 2
-    assert any("no unit was finished for 12 s" in note for note in notes)
-    workers = {(tmp_path / "done" / str(unit)).read_text() for unit in UNITS}
+    assert [note.partition("; ")[2] for note in notes] == ["attempt 2 of 3 does them"]
+    workers = {(tmp_path / "a/done" / str(unit)).read_text() for unit in UNITS}
     assert str(os.getpid()) not in workers
-    assert not alive(tmp_path)
+    assert not alive(tmp_path / "a")
+
+    # Two pipelines took so long; should one take that long on a busy machine, it costs an attempt.
+    patience = time.monotonic() - start
+    Directory(tmp_path / "b").write("hang-7", b"")
+    done, notes = run(tmp_path / "b", beam(patience=patience, attempts=8))
+    assert sorted(done) == UNITS
+    assert len(notes) >= 1
+    assert not alive(tmp_path / "b")
 
 
 def test_a_unit_that_kills_every_worker_ends_in_one_line(tmp_path):

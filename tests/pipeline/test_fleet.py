@@ -10,6 +10,7 @@ import pytest
 
 SETTINGS = ("--gin=index.shards=3", "--gin=retrieve.chunk_rows=64", "--gin=retrieve.spill_gigabytes=0.0002")
 BEAM = ('--gin=fleet.runner="DirectRunner"', "--gin=fleet.workers=2")
+WORKER = [b"-m", b"apache_beam.runners.worker.sdk_worker_main"]
 SEARCHED, MERGED = "targets/units/0*/shard-*", "targets/chunks/*"
 
 
@@ -18,17 +19,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def workers(pid: int) -> list[int]:
-    """Beam's worker processes below a process."""
+    """Beam's worker processes below a process, their shells left out."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                command = (entry / "cmdline").read_bytes()
+                command = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
             if parent == pid:
-                found += [int(entry.name)] if b"sdk_worker_main" in command else []
+                found += [int(entry.name)] if command[1:3] == WORKER else []
                 found += workers(int(entry.name))
     return found
 

@@ -61,6 +61,9 @@ def test_training_processes_load_no_tensorflow_seqio_scann_or_beam_and_repeat_th
         "mlp_memory.training.loop",
         "mlp_memory.joint.train",
         "mlp_memory.memory.distill",
+        "mlp_memory.datastore.embed",
+        "mlp_memory.targets.retrieve",
+        "mlp_memory.parallel.fleet",
     ],
 )
 def test_importing_loads_nothing_heavy(module):
