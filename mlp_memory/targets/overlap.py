@@ -40,7 +40,7 @@ def audit(train: Stream, splits: Mapping[str, Stream], n: int) -> dict[str, Any]
     their rows; `pairs` names the first 100 with the document that they are equal to.
 
     Documents are equal if 128 bits of BLAKE2b over their tokens are; n-grams are compared token
-    by token. Memory: see `Grams`, and 48 bytes per train document.
+    by token. Memory: see `Grams`, and 75 bytes per train document.
 
     Args:
       train: the datastore's stream.
