@@ -189,7 +189,7 @@ def test_a_remote_shard_is_copied_with_its_manifest_last(tmp_path):
 
     rng = np.random.default_rng()
     keys, stream = clustered_keys(rng, 5000), Documents(rng, 5000)
-    trained = scann_shard.train(keys, 60, 2)
+    trained = scann_shard.train_codes(scann_shard.train_tree(keys, 60), keys, 2)
     for directory in (Remote(tmp_path / "remote"), Directory(tmp_path / "local")):
         build_shard(directory, 0, 1, keys, stream, "datastore-1", Structure(60, 2), trained)
     assert log[-1] == "manifest.json"
