@@ -13,7 +13,7 @@ builder holds the keys twice, their residuals once more, and repeats with one th
 """
 
 import dataclasses
-import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -77,31 +77,47 @@ class Codebook:
 
     def encode(self, lifted_NxE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """leaves_N int32, and codes_NxB uint8 below 16."""
-        rows, blocks = len(lifted_NxE), len(self.codewords_Bx16xP)
-        per_row = 4 * (len(self.centres_LxE) + 2 * self.codewords_Bx16xP.size // max(blocks, 1) * blocks)
-        # A power of two, and the last block filled up: one shape to compile, and a row's code is its own.
-        step = 1 << max(_BLOCK_BYTES // per_row, 1).bit_length()
-        leaves_N, codes_NxB = np.empty(rows, np.int32), np.empty((rows, blocks), np.uint8)
-        for first in range(0, rows, step):
-            some_RxE = lifted_NxE[first : first + step]
-            filled_RxE = np.pad(some_RxE, ((0, step - len(some_RxE)), (0, 0)))
-            leaf_R, code_RxB = jax.device_get(_encode(filled_RxE, self.centres_LxE, self.codewords_Bx16xP))
-            leaves_N[first : first + step] = leaf_R[: len(some_RxE)]
-            codes_NxB[first : first + step] = code_RxB[: len(some_RxE)]
-        return leaves_N, codes_NxB
+        blocks = len(self.codewords_Bx16xP)
+        leaf_N = nearest_leaves(lifted_NxE, self.centres_LxE)
+        code_NxB = np.empty((len(lifted_NxE), blocks), np.uint8)
+        for rows, filled_RxE in _blocks(lifted_NxE, blocks * 16):
+            filled_R = np.pad(leaf_N[rows], (0, len(filled_RxE) - len(leaf_N[rows])))
+            residual_RxE = filled_RxE - self.centres_LxE[filled_R]
+            code_NxB[rows] = np.asarray(_codes(residual_RxE, self.codewords_Bx16xP))[: len(leaf_N[rows])]
+        return leaf_N, code_NxB
 
 
-@functools.partial(jax.jit)
-def _encode(
-    lifted_RxE: jax.Array, centres_LxE: jax.Array, codewords_Bx16xP: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def nearest_leaves(lifted_NxE: np.ndarray, centres_LxE: np.ndarray) -> np.ndarray:
+    """int32 [N]: the centre nearest to each row."""
+    leaf_N = np.empty(len(lifted_NxE), np.int32)
+    for rows, filled_RxE in _blocks(lifted_NxE, len(centres_LxE)):
+        leaf_N[rows] = np.asarray(_nearest(filled_RxE, centres_LxE))[: len(leaf_N[rows])]
+    return leaf_N
+
+
+def _blocks(lifted_NxE: np.ndarray, values_per_row: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Blocks of so many intermediate values a row, some 64 MiB; the last is filled up.
+
+    One shape to compile, and a row's code does not depend on the rows around it.
+    """
+    step = 1 << (max(_BLOCK_BYTES // (4 * values_per_row), 1).bit_length() - 1)
+    for first in range(0, len(lifted_NxE), step):
+        some_RxE = lifted_NxE[first : first + step]
+        yield slice(first, first + step), np.pad(some_RxE, ((0, step - len(some_RxE)), (0, 0)))
+
+
+@jax.jit
+def _nearest(lifted_RxE: jax.Array, centres_LxE: jax.Array) -> jax.Array:
+    dots_RxL = jnp.einsum("re,le->rl", lifted_RxE, centres_LxE, precision=jax.lax.Precision.HIGHEST)
+    return jnp.argmax(dots_RxL - jnp.square(centres_LxE).sum(1) / 2, axis=1).astype(jnp.int32)
+
+
+@jax.jit
+def _codes(residual_RxE: jax.Array, codewords_Bx16xP: jax.Array) -> jax.Array:
     blocks, _, width = codewords_Bx16xP.shape
-    dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    half_sqnorm_L = jnp.square(centres_LxE).sum(1) / 2
-    leaf_R = jnp.argmax(dot("re,le->rl", lifted_RxE, centres_LxE) - half_sqnorm_L, axis=1)
-    residual_RxE = lifted_RxE - centres_LxE[leaf_R]
-    padding = blocks * width - residual_RxE.shape[1]
-    residual_RxBxP = jnp.pad(residual_RxE, ((0, 0), (0, padding))).reshape(-1, blocks, width)
-    half_sqnorm_Bx16 = jnp.square(codewords_Bx16xP).sum(2) / 2
-    code_RxB = jnp.argmax(dot("rbp,bcp->rbc", residual_RxBxP, codewords_Bx16xP) - half_sqnorm_Bx16, axis=2)
-    return leaf_R.astype(jnp.int32), code_RxB.astype(jnp.uint8)
+    padding = ((0, 0), (0, blocks * width - residual_RxE.shape[1]))
+    residual_RxBxP = jnp.pad(residual_RxE, padding).reshape(-1, blocks, width)
+    dots_RxBx16 = jnp.einsum(
+        "rbp,bcp->rbc", residual_RxBxP, codewords_Bx16xP, precision=jax.lax.Precision.HIGHEST
+    )
+    return jnp.argmax(dots_RxBx16 - jnp.square(codewords_Bx16xP).sum(2) / 2, axis=2).astype(jnp.uint8)

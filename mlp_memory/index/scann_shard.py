@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mlp_memory.artifacts import Directory, UserError, first_line, peek
-from mlp_memory.index.codec import Codebook, Space
+from mlp_memory.index.codec import Codebook, Space, nearest_leaves
 
 GAPS = "rows_without_key.npy"
 SPACE = "space.npy"
@@ -69,77 +69,107 @@ class Trained:
 
 def brute_force(sample_SxD: np.ndarray) -> Trained:
     """No tree and no codes: every key is compared."""
-    from google.protobuf import text_format
-
-    config = _scann("proto.scann_pb2").ScannConfig()
     text = 'num_neighbors: 1 distance_measure { distance_measure: "DotProductDistance" } brute_force {}'
-    text_format.Parse(text, config)
-    return Trained(Space.of(sample_SxD), None, {_CONFIG: config.SerializeToString(deterministic=True)})
+    return Trained(Space.of(sample_SxD), None, {_CONFIG: _config(text)})
 
 
-def train(sample_SxD: np.ndarray, leaves: int, dimensions_per_block: int) -> Trained:
-    """A tree of so many leaves, and 4-bit codes of so many dimensions each.
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """A k-means tree over a sample: the space, the leaves' centres_LxE (float32), ScaNN's file."""
 
-    The same sample gives the same files in any process: k-means++ starts from a fixed seed (ScaNN's
+    space: Space
+    centres_LxE: np.ndarray
+    file: bytes
+
+
+def train_tree(sample_SxD: np.ndarray, leaves: int) -> Tree:
+    """A tree of so many leaves.
+
+    The same sample gives the same tree in any process: k-means++ starts from a fixed seed (ScaNN's
     random start has none), and one thread sums in one order.
 
     Raises:
-      UserError: ScaNN refuses the sample or the numbers.
+      UserError: ScaNN refuses the sample or the number.
     """
     space = Space.of(sample_SxD)
-    lifted_SxE = space.keys(sample_SxD)
-    # Numbers of neighbours, candidates and leaves only are defaults: each search names its own.
+    builder = _builder(space.keys(sample_SxD))
+    _ask_for_tree(builder, leaves, len(sample_SxD))
+    builder.score_brute_force()
+    file = _built(builder, f"{leaves} leaves")[_TREE]
+    tree = _scann("partitioning.partitioner_pb2").SerializedPartitioner.FromString(file)
+    root = tree.kmeans.kmeans_tree.root
+    if [child.leaf_id for child in root.children] != list(range(len(root.centers))):
+        raise RuntimeError("ScaNN numbers its leaves in another order than its centres")
+    return Tree(space, np.array([centre.dimension for centre in root.centers], np.float32), file)
+
+
+def train_codes(tree: Tree, sample_SxD: np.ndarray, dimensions_per_block: int) -> Trained:
+    """Codes of so many dimensions each, for the residuals to a tree's centres.
+
+    Tree and codes are those of ScaNN's own build in one go, bit for bit; apart, several codes
+    share the tree, which takes longest.
+
+    Raises:
+      UserError: ScaNN refuses the sample or the number.
+    """
+    lifted_SxE = tree.space.keys(sample_SxD)
+    leaves, samples = len(tree.centres_LxE), len(sample_SxD)
+    width = min(dimensions_per_block, lifted_SxE.shape[1])
+    leaf_S = nearest_leaves(lifted_SxE, tree.centres_LxE)
+    residuals = _builder(lifted_SxE - tree.centres_LxE[leaf_S])
+    residuals.score_ah(width, training_sample_size=samples)
+    book_file = _built(residuals, f"{dimensions_per_block} dimensions per block")[_BOOK]
+    whole = _builder(lifted_SxE)
+    _ask_for_tree(whole, leaves, samples)
+    whole.score_ah(width, training_sample_size=samples)
+    # The builder's default of candidates; each search names its own.
+    whole.reorder(1)
+    files = {_CONFIG: _config(whole.create_config()), _TREE: tree.file, _BOOK: book_file}
+    book = _scann("proto.centers_pb2").CentersForAllSubspaces.FromString(book_file)
+    words = [[word.feature_value_float for word in block.center] for block in book.subspace_centers]
+    codewords = np.zeros((len(words), 16, len(words[0][0])), np.float32)
+    for b, of_block in enumerate(words):
+        if len(of_block) != 16:
+            raise RuntimeError(f"ScaNN made {len(of_block)} codewords of a block, not 16")
+        codewords[b, :, : len(of_block[0])] = of_block
+    return Trained(tree.space, Codebook(tree.centres_LxE, codewords), files)
+
+
+def _builder(lifted_SxE: np.ndarray) -> Any:
+    # The number of neighbours, here and of leaves in a tree, is a default: each search names its own.
     builder = _scann("scann_ops.py.scann_ops_pybind").builder(lifted_SxE, 1, "dot_product")
-    builder.set_n_training_threads(1)
+    return builder.set_n_training_threads(1)
+
+
+def _ask_for_tree(builder: Any, leaves: int, samples: int) -> None:
     builder.tree(
         leaves,
         leaves,
-        training_sample_size=len(sample_SxD),
+        training_sample_size=samples,
         training_iterations=_TRAINING_ITERATIONS,
         random_init=False,
     )
-    builder.score_ah(min(dimensions_per_block, lifted_SxE.shape[1]), training_sample_size=len(sample_SxD))
+
+
+def _built(builder: Any, what: str) -> dict[str, bytes]:
+    """What the builder makes, as files."""
     with tempfile.TemporaryDirectory(prefix="mlp-memory-index-") as folder:
         try:
             with _quiet():
                 builder.build().serialize(folder, relative_path=True)
         except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"ScaNN refuses {len(sample_SxD)} keys with {leaves} leaves, {dimensions_per_block} "
-                f"dimensions per block: {first_line(error)}"
-            ) from error
-        files = {name: (Path(folder) / name).read_bytes() for name in (_CONFIG, _TREE, _BOOK)}
-    config = _scann("proto.scann_pb2").ScannConfig.FromString(files[_CONFIG])
-    # Built without, so that it keeps no keys; a loaded searcher reorders by those in its folder.
-    config.exact_reordering.approx_num_neighbors = 1
-    files[_CONFIG] = config.SerializeToString(deterministic=True)
-    return Trained(space, _codebook(files), files)
+            keys = f"{builder.db.shape[0]} keys of {builder.db.shape[1] - 1} dimensions"
+            raise UserError(f"ScaNN refuses {keys} with {what}: {first_line(error)}") from error
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != _DATASET}
 
 
-def trained_from(space_E: np.ndarray, files: dict[str, bytes]) -> Trained:
-    """What `train` gave, from its files and the array in `SPACE`."""
-    space = Space(space_E[:-1], float(space_E[-1]))
-    return Trained(space, _codebook(files) if _TREE in files else None, files)
+def _config(text: str) -> bytes:
+    """ScaNN's binary configuration of its text."""
+    from google.protobuf import text_format
 
-
-def space_array(space: Space) -> np.ndarray:
-    """float32 [E]: mean and scale, as stored."""
-    return np.append(space.mean_D, np.float32(space.scale)).astype(np.float32)
-
-
-def _codebook(files: dict[str, bytes]) -> Codebook:
-    tree = _scann("partitioning.partitioner_pb2").SerializedPartitioner.FromString(files[_TREE])
-    root = tree.kmeans.kmeans_tree.root
-    if [child.leaf_id for child in root.children] != list(range(len(root.centers))):
-        raise RuntimeError("ScaNN numbers its leaves in another order than its centres")
-    book = _scann("proto.centers_pb2").CentersForAllSubspaces.FromString(files[_BOOK])
-    words = [[np.array(word.feature_value_float) for word in b.center] for b in book.subspace_centers]
-    codewords = np.zeros((len(words), 16, len(words[0][0])), np.float32)
-    for b, of_block in enumerate(words):
-        codewords[b, len(of_block) :] = np.inf  # fewer than 16 distinct values: never chosen
-        for c, word in enumerate(of_block):
-            codewords[b, c, : len(word)] = word
-    return Codebook(np.array([center.dimension for center in root.centers], np.float32), codewords)
+    config = _scann("proto.scann_pb2").ScannConfig()
+    text_format.Parse(text, config)
+    return config.SerializeToString(deterministic=True)
 
 
 def write_shard(
@@ -154,7 +184,7 @@ def write_shard(
       positions: rows of the shard.
       dimension: D.
     """
-    np.save(folder / SPACE, space_array(trained.space))
+    np.save(folder / SPACE, np.append(trained.space.mean_D, np.float32(trained.space.scale)))
     (folder / FOLDER).mkdir()
     for name, data in trained.files.items():
         (folder / FOLDER / name).write_bytes(data)

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ _BRUTE_FORCE_ROWS = 4096
 _SAMPLE_ROWS = 1 << 16
 _SAMPLE_BYTES = 1 << 28
 _RUN_ROWS = 16
+_ROWS_PER_LEAF = 8
 _PILOT_QUERIES = 512
 _PILOT_LEAST_K = 16
 
@@ -142,8 +143,7 @@ def _build_and_tune(work: _Work) -> dict[str, Any]:
     oracle = _Oracle(work)
     tried: list[dict[str, Any]] = []
     best: dict[str, Any] = {}
-    for number, (structure, near) in enumerate(plans):
-        trained = _train(structure, sample_SxD)
+    for number, plan in enumerate(plans):
         with Progress("index: build", work.shards, "shards") as progress:
             for shard in range(work.shards):
                 build_shard(
@@ -153,14 +153,14 @@ def _build_and_tune(work: _Work) -> dict[str, Any]:
                     work.keys,
                     work.stream,
                     work.datastore,
-                    structure,
-                    trained,
+                    plan.structure,
+                    plan.trained,
                 )
                 progress.advance(1)
-        chosen, trials = oracle.choose(structure, near)
-        tried += [_row(structure, one) for one in trials]
+        chosen, trials = oracle.choose(plan.structure, plan.near)
+        tried += [_row(plan.structure, one) for one in trials]
         best = {
-            **dataclasses.asdict(structure),
+            **dataclasses.asdict(plan.structure),
             **dataclasses.asdict(chosen.setting),
             "recall": chosen.recall,
             "recall_low": chosen.low,
@@ -193,48 +193,85 @@ def _sample(work: _Work) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _train(structure: Structure, sample_SxD: np.ndarray) -> Trained:
-    if not structure.leaves:
-        return scann_shard.brute_force(sample_SxD)
-    return scann_shard.train(sample_SxD, structure.leaves, structure.dimensions_per_block)
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Trained on the sample, and the search expected to serve."""
+
+    structure: Structure
+    trained: Trained
+    near: Setting
 
 
-def _plans(
-    work: _Work, sample_SxD: np.ndarray
-) -> tuple[list[tuple[Structure, Setting]], list[dict[str, Any]]]:
-    """Structures to build in turn, with the search expected to serve each, and the pilots' table."""
-    config, brute = work.config, (Structure(0, 0), Setting(0, 0))
+def _plans(work: _Work, sample_SxD: np.ndarray) -> tuple[list[_Plan], list[dict[str, Any]]]:
+    """What to build, in turn, and the pilots' table."""
+    config = work.config
+    brute = _Plan(Structure(0, 0), scann_shard.brute_force(sample_SxD), Setting(0, 0))
     if work.shard_rows < _BRUTE_FORCE_ROWS:
         return [brute], []
-    total = int(work.valid_N.sum())
-    share = len(sample_SxD) / total
-    k = min(max(round(work.k * share), _PILOT_LEAST_K, 1), work.k, len(sample_SxD) - 1)
-    rng = np.random.default_rng(config.sample_seed)
-    asked_Q = np.sort(rng.choice(len(sample_SxD), size=min(_PILOT_QUERIES, len(sample_SxD)), replace=False))
-    every = np.ones(len(sample_SxD), bool)
-    truth, _ = exclude_self(*_exact(work.mesh, sample_SxD, every, sample_SxD[asked_Q], k + 1), asked_Q, k)
-    options, table = [], []
-    candidates = [s for s in tuning.structures(work.shard_rows, config) if s.leaves <= len(sample_SxD) // 8]
-    with Progress("index: pilots", len(candidates), "trees") as progress:
-        for structure in candidates:
-            trained = scann_shard.train(sample_SxD, structure.leaves, structure.dimensions_per_block)
-            with _loaded_pilot(trained, sample_SxD) as shard:
-                grid = tuning.settings(structure, len(sample_SxD), k + 1, config)
-                chosen = tuning.walk(
-                    grid,
-                    lambda s, of=structure: work.cost(of, work.of_pilot(s, k)),
-                    lambda s, of=shard: next(_recalls_of_shard(of, sample_SxD[asked_Q], truth)([s])),
-                    config.target_recall,
-                )
-            table.append({**_row(structure, chosen), "k": k, "rows": len(sample_SxD)})
-            options.append(
-                (chosen.low < config.target_recall, chosen.cost, structure, work.of_pilot(chosen.setting, k))
-            )
+    pilots = _Pilots(work, sample_SxD)
+    counts = tuning.leaf_counts(work.shard_rows, config)
+    widths = tuning.code_widths(config)
+    with Progress("index: pilots", len(counts) + len(widths) - 1, "trees and codes") as progress:
+        tree = scann_shard.train_tree(sample_SxD, min(counts[0], len(sample_SxD) // _ROWS_PER_LEAF))
+        for width in widths:
+            pilots.try_one(tree, width)
             progress.advance(1)
-    options.sort(key=lambda option: option[:2])
+        best_width = pilots.ranked()[0][0].structure.dimensions_per_block
+        for leaves in counts[1:]:
+            if leaves <= len(sample_SxD) // _ROWS_PER_LEAF:
+                pilots.try_one(scann_shard.train_tree(sample_SxD, leaves), best_width)
+            progress.advance(1)
     pinned = config.leaves or config.leaves_to_search or config.reorder or config.dimensions_per_block
-    plans = [(structure, near) for fails, _, structure, near in options if not fails or pinned]
-    return plans + ([] if pinned and plans else [brute]), table
+    ranked = pilots.ranked()
+    if pinned:
+        return [plan for plan, _ in ranked], pilots.table
+    return [plan for plan, reaches in ranked if reaches] + [brute], pilots.table
+
+
+class _Pilots:
+    """Indexes over the sample, each searched as cheaply as the goal allows.
+
+    Attributes:
+      table: of those tried.
+    """
+
+    def __init__(self, work: _Work, sample_SxD: np.ndarray):
+        self._work, self._sample_SxD = work, sample_SxD
+        samples = len(sample_SxD)
+        share = samples / int(work.valid_N.sum())
+        self._k = min(max(round(work.k * share), _PILOT_LEAST_K), work.k, samples - 1)
+        rng = np.random.default_rng(work.config.sample_seed)
+        asked_Q = np.sort(rng.choice(samples, size=min(_PILOT_QUERIES, samples), replace=False))
+        self._queries_QxD, every = sample_SxD[asked_Q], np.ones(samples, bool)
+        found = _exact(work.mesh, sample_SxD, every, self._queries_QxD, self._k + 1)
+        self._truth_Qxk, _ = exclude_self(*found, asked_Q, self._k)
+        self._tried: list[tuple[tuple[bool, float], _Plan]] = []
+        self.table: list[dict[str, Any]] = []
+
+    def try_one(self, tree: scann_shard.Tree, width: int) -> None:
+        work, goal = self._work, self._work.config.target_recall
+        trained = scann_shard.train_codes(tree, self._sample_SxD, width)
+        structure = Structure(trained.leaves, width)
+        grid = tuning.settings(structure, len(self._sample_SxD), self._k + 1, work.config)
+        with _loaded_pilot(trained, self._sample_SxD) as shard:
+            chosen = tuning.walk(
+                grid,
+                lambda setting: work.cost(structure, work.of_pilot(setting, self._k)),
+                lambda setting: self._recall(shard, setting),
+                goal,
+            )
+        self.table.append({**_row(structure, chosen), "k": self._k, "rows": len(self._sample_SxD)})
+        plan = _Plan(structure, trained, work.of_pilot(chosen.setting, self._k))
+        self._tried.append(((chosen.low < goal, chosen.cost), plan))
+
+    def _recall(self, shard: ScannShard, setting: Setting) -> np.ndarray:
+        shard.leaves_to_search, shard.reorder = setting.leaves_to_search, setting.reorder
+        found, _ = shard.search(self._queries_QxD, self._k + 1)
+        return _hits(found, self._truth_Qxk) / (self._truth_Qxk >= 0).sum(1)
+
+    def ranked(self) -> list[tuple[_Plan, bool]]:
+        """Plans that reach the goal, the cheapest first, and then those that do not; and whether."""
+        return [(plan, not fails) for (fails, _), plan in sorted(self._tried, key=lambda one: one[0])]
 
 
 @contextlib.contextmanager
@@ -246,18 +283,6 @@ def _loaded_pilot(trained: Trained, sample_SxD: np.ndarray) -> Iterator[ScannSha
         facts = {"rows": [0, len(sample_SxD)], "leaves": trained.leaves, "bytes": {}}
         finish(folder, Manifest("index_shard", {}, {}), **facts)
         yield ScannShard(folder, 0, 0)
-
-
-def _recalls_of_shard(
-    shard: ScannShard, queries_QxD: np.ndarray, truth_Qxk: np.ndarray
-) -> Callable[[list[Setting]], Iterator[np.ndarray]]:
-    def recalls(settings: list[Setting]) -> Iterator[np.ndarray]:
-        for setting in settings:
-            shard.leaves_to_search, shard.reorder = setting.leaves_to_search, setting.reorder
-            found, _ = shard.search(queries_QxD, truth_Qxk.shape[1] + 1)
-            yield _hits(found, truth_Qxk) / (truth_Qxk >= 0).sum(1)
-
-    return recalls
 
 
 def _hits(found_Qxc: np.ndarray, truth_Qxk: np.ndarray) -> np.ndarray:

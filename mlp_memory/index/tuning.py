@@ -60,13 +60,15 @@ def cost(structure: Structure, setting: Setting, rows: int, dimension: int) -> f
     )
 
 
-def structures(rows: int, config: IndexConfig) -> list[Structure]:
-    """Trees and codes worth a pilot for a shard of so many rows, as far as the config leaves them open."""
+def leaf_counts(rows: int, config: IndexConfig) -> list[int]:
+    """Trees worth a pilot for a shard of so many rows, the likeliest first."""
     root = math.sqrt(rows)
-    leaves = [config.leaves] if config.leaves else [round(root), round(root / 2), round(2 * root)]
-    codes = [config.dimensions_per_block] if config.dimensions_per_block else [2, 1, 4]
-    first = [Structure(leaves[0], width) for width in codes]
-    return first + [Structure(count, codes[0]) for count in leaves[1:]]
+    return [config.leaves] if config.leaves else [round(root), round(root / 2), round(2 * root)]
+
+
+def code_widths(config: IndexConfig) -> list[int]:
+    """Dimensions per code worth a pilot."""
+    return [config.dimensions_per_block] if config.dimensions_per_block else [2, 1, 4]
 
 
 def settings(

@@ -24,13 +24,15 @@ def test_rows_are_coded_as_scann_codes_them(dimension, width, tmp_path):
     rng = np.random.default_rng()
     keys = (rng.normal(size=(80, dimension))[rng.integers(0, 80, 6000)] * 2).astype(np.float32)
     keys += rng.normal(size=keys.shape).astype(np.float32)
-    trained = scann_shard.train(keys, 40, width)
+    trained = scann_shard.train_codes(scann_shard.train_tree(keys, 40), keys, width)
     lifted = trained.space.keys(keys)
     builder = scann_shard._scann("scann_ops.py.scann_ops_pybind").builder(lifted, 1, "dot_product")
     builder.set_n_training_threads(1)
     builder.tree(40, 40, training_sample_size=6000, training_iterations=12, random_init=False)
     builder.score_ah(width, training_sample_size=6000)
     builder.build().serialize(str(tmp_path), relative_path=True)
+    for name in ("serialized_partitioner.pb", "ah_codebook.pb"):
+        assert (tmp_path / name).read_bytes() == trained.files[name]
     leaves, codes = trained.codebook.encode(lifted)
     assert (leaves == np.load(tmp_path / "datapoint_to_token.npy")).mean() > 0.999
     assert codes.shape[1] == -(-(dimension + 1) // width)

@@ -1,4 +1,6 @@
 import hashlib
+import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -189,7 +191,7 @@ def test_a_remote_shard_is_copied_with_its_manifest_last(tmp_path):
 
     rng = np.random.default_rng()
     keys, stream = clustered_keys(rng, 5000), Documents(rng, 5000)
-    trained = scann_shard.train(keys, 60, 2)
+    trained = scann_shard.train_codes(scann_shard.train_tree(keys, 60), keys, 2)
     for directory in (Remote(tmp_path / "remote"), Directory(tmp_path / "local")):
         build_shard(directory, 0, 1, keys, stream, "datastore-1", Structure(60, 2), trained)
     assert log[-1] == "manifest.json"
@@ -223,3 +225,126 @@ def test_faults_are_one_line_that_says_what_to_do(tmp_path):
     stream.valid[:] = False
     with pytest.raises(UserError, match="none of the stream's 800 rows has a next token"):
         build_index(Directory(tmp_path / "empty"), keys, "datastore-1", stream, IndexConfig(), K)
+
+
+def test_a_key_that_is_not_finite_is_named_before_anything_is_built(tmp_path):
+    rng = np.random.default_rng()
+    keys, stream = clustered_keys(rng, 5000), Documents(rng, 5000)
+    row = int(rng.integers(0, 5000))
+    keys[row, 3] = rng.choice([np.nan, np.inf, -np.inf])
+    document = int((~stream.valid[:row]).sum())
+    for backend in ("scann", "exact"):
+        with pytest.raises(UserError, match=rf"the key of row {row} \(document {document}\) is not finite"):
+            built(tmp_path / backend, keys, stream, IndexConfig(backend=backend))
+        assert not list((tmp_path / backend).glob("*shard*"))
+
+
+def test_no_pickle_is_opened(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    rng = np.random.default_rng()
+    keys, stream = clustered_keys(rng, 5000), Documents(rng, 5000)
+    before = built(tmp_path / "index", keys, stream).search(keys[:9], K)
+    (tmp_path / "index/shard-00000/scann/scann_docids.pkl").write_bytes(pickle.dumps(Trap()))
+    after = open_index(Directory(tmp_path / "index"), keys, stream.valid).search(keys[:9], K)
+    np.testing.assert_array_equal(before[0], after[0])
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_shards_are_the_fewest_whose_keys_fit_and_the_needs_are_said(tmp_path, capsys):
+    rng = np.random.default_rng()
+    keys, stream = clustered_keys(rng, 900), Documents(rng, 900)
+    config = IndexConfig(shard_gigabytes=4 * 900 * 24 / 2.5 / 1e9)
+    index = built(tmp_path / "index", keys, stream, config)
+    assert index.shards == 3
+    assert re.search(
+        r"^index: 3 shards of 300 rows, .* GB of memory, .* GB of disk$", capsys.readouterr().err
+    )
+    rows = np.concatenate([index.shard(s).search(keys[:5], 4)[0] for s in range(3)], axis=1)
+    assert [set(part) <= set(range(s * 300, s * 300 + 300)) for s, part in enumerate(rows[0].reshape(3, 4))]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_exact_backend_keeps_no_files_and_finds_all(tmp_path, shards):
+    rng = np.random.default_rng()
+    keys, stream = clustered_keys(rng, 1000), Documents(rng, 1000)
+    index = built(tmp_path / "index", keys, stream, IndexConfig(backend="exact", shards=shards))
+    assert [path.name for path in (tmp_path / "index").iterdir()] == ["manifest.json"]
+    assert (index.facts["recall"], index.shards) == (1.0, shards)
+    for found, true in zip(index.search(keys[:99], K), exact_search(keys, stream.valid, keys[:99], K)):
+        np.testing.assert_array_equal(found, true)
+
+
+def test_keys_that_codes_serve_badly_still_reach_the_goal(tmp_path):
+    # No clusters, no low dimensions: all leaves are about as far, and codes tell little.
+    rng = np.random.default_rng()
+    keys = (rng.normal(size=(5000, 200)) * rng.gamma(0.5, 1, 200)).astype(np.float32)
+    stream = Documents(rng, 5000)
+    index = built(tmp_path / "index", keys, stream, IndexConfig(target_recall=0.98, recall_sample=300))
+    assert index.facts["recall_low"] >= 0.98
+    asked = rng.choice(np.flatnonzero(stream.valid), 300, replace=False)
+    found, _ = exclude_self(*index.search(keys[asked], K + 1), asked, K)
+    true, _ = exclude_self(*exact_search(keys, stream.valid, keys[asked], K + 1), asked, K)
+    assert recall_at_k(found, true) > 0.97
+    table = index.facts["tuning"]
+    chosen = {name: index.facts[name] for name in ("leaves", "leaves_to_search", "reorder")}
+    assert any(chosen.items() <= row.items() for row in table["index"])
+    assert all({"recall", "cost_us", "dimensions_per_block"} <= set(row) for row in table["pilots"])
+
+
+PEAK = """
+import sys, numpy as np
+from mlp_memory.artifacts import Directory
+from mlp_memory.index import scann_shard
+from mlp_memory.index.build import build_shard
+from mlp_memory.index.scann_shard import ScannShard
+from mlp_memory.index.tuning import Structure
+rows, dimension, shards, directory = *map(int, sys.argv[1:4]), Directory(sys.argv[4])
+
+class Keys:
+    shape, pool = (rows, dimension), np.random.default_rng(0).normal(size=(4096, dimension)).astype("f4")
+    def __getitem__(self, some): return self.pool[np.arange(rows)[some] % 4096] + np.float32(some.start)
+
+class Stream:
+    def __len__(self): return rows
+    def has_next(self, start, stop): return np.ones(stop - start, bool)
+
+def peak(work):
+    def read(name):
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+    open("/proc/self/clear_refs", "w").write("5")
+    before = read("VmRSS")
+    result = work()
+    print((read("VmHWM") - before) * 1024)
+    return result
+
+def build(some):
+    for shard in some:
+        build_shard(directory, shard, shards, Keys(), Stream(), "d", Structure(100, 2), trained)
+
+def search(shard):
+    searcher = ScannShard(directory / f"shard-{shard:05d}", 20, 200)
+    searcher.search(Keys.pool[:512], 100)
+
+trained = scann_shard.train_codes(scann_shard.train_tree(Keys.pool, 100), Keys.pool, 2)
+peak(lambda: build(range(shards)))
+peak(lambda: [search(shard) for shard in range(shards)])
+"""
+
+
+def test_memory_of_a_shard_is_bounded_by_its_keys_and_four_shards_need_no_more(tmp_path):
+    def peaks(rows, shards):
+        words = [sys.executable, "-c", PEAK, *map(str, (rows, 128, shards, tmp_path / str(shards)))]
+        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        return [int(line) for line in done.stdout.split()]
+
+    keys = 4 * 250_000 * 128
+    build, search = peaks(250_000, 1)
+    assert search >= keys  # or nothing was measured
+    of_four = peaks(4 * 250_000, 4)
+    for peak in (build, of_four[0]):
+        assert peak <= 3 * (1 << 27)  # blocks only, three of 64 MiB at a time; the shard has 128 MB
+    for peak in (search, of_four[1]):
+        assert peak <= 1.5 * keys + (1 << 26)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mlp_memory.index.config import IndexConfig
-from mlp_memory.index.tuning import Setting, Structure, climb, cost, settings, structures, walk
+from mlp_memory.index.tuning import Setting, Structure, climb, code_widths, cost, leaf_counts, settings, walk
 
 
 def surface(rng):
@@ -11,8 +11,9 @@ def surface(rng):
     spread -= spread.mean()
 
     def recall(setting):
-        searched, reordered = setting.leaves_to_search / scale[0], setting.reorder / scale[1]
-        reached = (1 - np.exp(-searched)) * (1 - np.exp(-reordered))
+        reached = (1 - np.exp(-setting.leaves_to_search / scale[0])) * (
+            1 - np.exp(-setting.reorder / scale[1])
+        )
         return np.clip(reached + spread, 0, 1)
 
     return recall
@@ -60,9 +61,9 @@ def test_where_no_setting_reaches_the_goal_the_best_tried_is_told_as_it_is():
 
 def test_what_the_config_gives_is_not_tuned():
     config = IndexConfig(leaves=90, dimensions_per_block=3, leaves_to_search=7, reorder=200)
-    assert structures(10_000, config) == [Structure(90, 3)]
+    assert (leaf_counts(10_000, config), code_widths(config)) == ([90], [3])
     assert settings(Structure(90, 3), 10_000, 65, config) == [Setting(7, 200)]
-    assert {s.leaves for s in structures(10_000, IndexConfig())} == {50, 100, 200}
+    assert sorted(leaf_counts(10_000, IndexConfig())) == [50, 100, 200]
     grid = settings(Structure(100, 2), 10_000, 65, IndexConfig())
     assert {min(s.reorder for s in grid), max(s.reorder for s in grid)} == {65, 32 * 65}
     assert {min(s.leaves_to_search for s in grid), max(s.leaves_to_search for s in grid)} == {1, 100}
