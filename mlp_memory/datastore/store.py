@@ -12,8 +12,6 @@ from mlp_memory.datastore.codec import Codec, open_codec
 from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.decoder.score import RowReader
 
-_STATES_BYTES = 1 << 30
-
 
 class KeyStore:
     """Row i's key in the searched space, [N, E] float32 out of `[a:b]`.
@@ -46,7 +44,7 @@ class RecomputedRows:
       compute: (start, stop) -> rows [stop − start, E].
       shape: [N, E].
       chunk_rows: rows computed at once.
-      cached_chunks: chunks kept.
+      cache_bytes: of the chunks kept, at 4 bytes a value; two are kept at least.
     """
 
     def __init__(
@@ -54,10 +52,11 @@ class RecomputedRows:
         compute: Callable[[int, int], np.ndarray],
         shape: tuple[int, int],
         chunk_rows: int,
-        cached_chunks: int = 2,
+        cache_bytes: int = 1 << 30,
     ):
         self.shape, self.chunk_rows = shape, chunk_rows
-        self._compute, self.cached_chunks = compute, cached_chunks
+        self._compute = compute
+        self.cached_chunks = max(cache_bytes // (4 * chunk_rows * shape[1]), 2)
         self._chunks: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -146,5 +145,4 @@ def open_states(
         return finite_states(reader(), stream, start, stop, f"{directory}/states")
 
     shape = (len(stream), manifest.facts["dim"])
-    cached_chunks = max(_STATES_BYTES // (config.chunk_rows * shape[1] * 4), 2)
-    return RecomputedRows(compute, shape, config.chunk_rows, cached_chunks)
+    return RecomputedRows(compute, shape, config.chunk_rows)

@@ -140,7 +140,7 @@ def test_rows_read_in_order_are_computed_once_whatever_the_steps(rng):
         computed.append((start, stop))
         return truth[start:stop]
 
-    rows, at = RecomputedRows(compute, truth.shape, chunk_rows=20), 0
+    rows, at = RecomputedRows(compute, truth.shape, chunk_rows=20, cache_bytes=0), 0
     while at < 157:
         step = int(rng.integers(1, 35))
         np.testing.assert_array_equal(rows[at : at + step], truth[at : at + step])
@@ -148,6 +148,11 @@ def test_rows_read_in_order_are_computed_once_whatever_the_steps(rng):
     assert computed == [(a, min(a + 20, 157)) for a in range(0, 157, 20)]
     np.testing.assert_array_equal(rows[:], truth)
     assert rows[30:30].shape == (0, 3)
+    computed.clear()
+    rows = RecomputedRows(compute, truth.shape, chunk_rows=20, cache_bytes=157 * 3 * 4 + 20 * 3 * 4)
+    for _ in range(3):
+        np.testing.assert_array_equal(rows[:], truth)
+    assert len(computed) == 8  # what fits is computed once, however often it is read
 
 
 @pytest.mark.parametrize(
