@@ -15,7 +15,7 @@ import numpy as np
 
 from mlp_memory.index.config import IndexConfig
 
-# Nanoseconds of one core per unit of work: non-negative least squares over 110 searches of ScaNN 1.4.2 on
+# Nanoseconds of one core per unit of work: non-negative least squares over 241 searches of ScaNN 1.4.2 on
 # 180k keys of d = 192 (2 AVX-512 cores, 2026-11-26), which fits their times to 12 % (root mean
 # square). Candidates cost 133 ns there; that two thirds of it grow with d is assumed.
 _NS_PER_CENTRE_VALUE = 0.1
