@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=0, help="use only so many rows; 0 all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stores", default=STORES, help=f"by comma, as {STORES}")
-    parser.add_argument("--spreads", type=float, default=0.5, help="the full teacher's τ in median spreads")
+    parser.add_argument("--spreads", type=float, default=0.25, help="the full teacher's τ in median spreads")
     parser.add_argument("--output", type=Path, help="a JSON file of the figures")
     args = parser.parse_args()
 

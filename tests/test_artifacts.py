@@ -318,3 +318,15 @@ def test_runtime_settings_stay_out_of_the_manifest():
         threads: int = artifacts.runtime(4)
 
     assert artifacts.config_dict(Settings()) == {"steps": [1, 2]}
+
+
+def test_a_later_setting_is_in_the_manifest_only_where_it_is_not_the_default():
+    import dataclasses
+
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        steps: int = 3
+        kind: str = artifacts.later("plain")
+
+    assert artifacts.config_dict(Settings()) == {"steps": 3}
+    assert artifacts.config_dict(Settings(kind="new")) == {"steps": 3, "kind": "new"}

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from mlp_memory.artifacts import ArrayReader, Directory, UserError, begin
+from mlp_memory.datastore.store import RecomputedRows
 from mlp_memory.memory.config import DistillConfig, MemoryConfig
 from mlp_memory.memory.distill import TargetSource, ValidationRows, distill, distillation_loss, load_memory
 from mlp_memory.memory.mlp import Memory
@@ -156,6 +157,28 @@ def test_distillation_learns_and_can_be_loaded(data, mesh, tmp_path):
     mixed = -np.log(lam * np.exp(memory_N) + (1 - lam) * np.exp(base_N)).mean()
     np.testing.assert_allclose(facts["validation"]["validation_loss"], mixed, atol=1e-5)
     assert facts["validation"]["validation_loss"] <= -base_N.mean() + 1e-6
+
+
+def test_states_that_are_computed_again_are_computed_once_an_epoch(data, mesh, tmp_path):
+    keys, computed = data[4], []
+
+    def compute(start: int, stop: int) -> np.ndarray:
+        computed.append(start)
+        return keys[start:stop]
+
+    states = RecomputedRows(compute, keys.shape, chunk_rows=8, cached_chunks=4)
+    manifest = run_distill(tmp_path / "memory", (data[0], states, *data[2:]), mesh, steps=12, block_rows=4)
+    assert manifest.facts["train_rows"] == 12 * 16
+    assert sorted(computed[:12]) == list(range(0, N, 8))
+    # Two epochs and the first rows of a third; blocks drawn from everywhere would take some 32.
+    assert len(computed) <= 2 * 12 + 2
+
+
+def test_several_processes_do_not_compute_states_while_they_train(data, mesh, tmp_path, monkeypatch):
+    states = RecomputedRows(lambda a, b: data[4][a:b], data[4].shape, chunk_rows=16)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match='embed with store = "array"'):
+        run_distill(tmp_path / "memory", (data[0], states, *data[2:]), mesh)
 
 
 def test_arrays_of_different_lengths_are_refused(data, mesh, tmp_path, make_stream):
