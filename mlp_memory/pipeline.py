@@ -366,7 +366,7 @@ STAGES: tuple[Stage, ...] = (
         "targets",
         "neighbours -> sparse next-token distributions",
         lambda job: config_dict(job.config.retrieve),
-        _from("corpus/train", "corpus/validation", "datastore", "index"),
+        _from("corpus/train", "corpus/validation", "corpus/test", "datastore", "index"),
         _retrieve,
     ),
     Stage(

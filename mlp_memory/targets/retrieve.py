@@ -18,6 +18,7 @@ from mlp_memory.artifacts import (
     canonical_json,
     config_dict,
     digest,
+    peek,
     written_chunks,
 )
 from mlp_memory.index.exact import Rows, exact_search
@@ -136,13 +137,16 @@ def retrieve(
         raise UserError(
             'retrieve.temperature = "auto" needs a validation split and there is none: give a number'
         )
-    manifest = begin(directory, "targets", config_dict(config), parents, _arrays(stream, config))
-    if manifest.finished:
+    begun = functools.partial(
+        begin, directory, "targets", config_dict(config), parents, _arrays(stream, config)
+    )
+    if peek(directory) is not None and begun().finished:
         return
     tau, choice = _temperature(inputs, config, validation)
     count = candidates(config, stream)
     certificate = _certify(inputs, truth, config, tau, choice, count)
-    check_goal(certificate, config)
+    check_goal(certificate, config)  # before anything is there that another index would not fit
+    manifest = begun()
     shards, recall = inputs.index.shards, inputs.index.facts.get("recall")
     writer = ChunkWriter(directory, manifest)  # makes the arrays, which workers then find
     if fleet.in_process:

@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from mlp_memory.index.search import Index, open_index
 from mlp_memory.index.stage import build_index
 from mlp_memory.targets import units as units_module
 from mlp_memory.targets.config import RetrieveConfig
-from mlp_memory.targets.retrieve import Validation, retrieve
+from mlp_memory.targets.retrieve import Truth, Validation, retrieve
 from mlp_memory.targets.units import Inputs
 
 N, D, VOCAB = 5300, 12, 50
@@ -169,3 +170,54 @@ def test_temperature_is_taken_as_given_or_needs_validation(world, tmp_path):
 def test_a_config_that_cannot_work_is_refused(wrong):
     with pytest.raises(UserError, match=r"retrieve\."):
         RetrieveConfig(**wrong)
+
+
+class Poor:
+    """An index that finds every third of the neighbours."""
+
+    def __init__(self, index):
+        self.facts, self.shards, self.ranges = index.facts, index.shards, index.ranges
+        self._index = index
+
+    def shard(self, s):
+        return Poor(self._index)
+
+    def search(self, queries, k):
+        rows, sqdist = self._index.search(queries, min(3 * k, N))
+        return np.ascontiguousarray(rows[:, ::3][:, :k]), np.ascontiguousarray(sqdist[:, ::3][:, :k])
+
+
+def test_a_teacher_below_the_goal_is_refused_before_anything_is_written_unless_accepted(
+    world, tmp_path, capsys
+):
+    poor = dataclasses.replace(world, index=Poor(world.index))
+    with pytest.raises(UserError, match=r"recall@16 is 0\.[0-9]+ .* below retrieve.goal_recall = 0.95"):
+        run(poor, tmp_path / "poor")
+    assert not (tmp_path / "poor").exists()
+    run(poor, tmp_path / "poor", dataclasses.replace(CONFIG, accept_below_goal=True))
+    assert "; accepted" in capsys.readouterr().err
+    certificate = json.loads((tmp_path / "poor/certificate.json").read_bytes())
+    assert not certificate["goal"]["met"]
+    assert 0.2 < certificate["recall"]["mean"] < 0.5
+    run(world, tmp_path / "good")
+    good = json.loads((tmp_path / "good/certificate.json").read_bytes())
+    assert good["recall"]["mean"] > 0.95
+    assert good["search"]["tv"]["mean"] < certificate["search"]["tv"]["mean"]
+
+
+def test_held_out_text_that_train_holds_is_named_in_the_certificate(world, tmp_path, capsys):
+    longest = int(np.diff(world.stream.bounds_D1).argmax())
+    start, stop = world.stream.bounds_D1[longest : longest + 2].tolist()
+
+    class HeldOut:
+        tokens = world.stream.tokens[start:stop].copy()
+        bounds_D1 = np.array([0, stop - start])
+
+        def __len__(self):
+            return stop - start
+
+    truth = Truth(splits={"test": HeldOut()})
+    retrieve(Directory(tmp_path), world.inputs, PARENTS, CONFIG, world.validation, truth=truth)
+    (copy,) = json.loads((tmp_path / "certificate.json").read_bytes())["overlap"]["splits"]["test"]["copies"]
+    assert (copy["train_document"], copy["train_rows"]) == (longest, [start, stop])
+    assert f"audit: test document 0 (rows 0..{stop - start - 1}) is 100 %" in capsys.readouterr().err
