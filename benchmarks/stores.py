@@ -28,7 +28,10 @@ from mlp_memory.index.neighbors import exclude_self, recall_at_k
 from mlp_memory.targets.knn import SparseTargets, knn_distribution
 from mlp_memory.targets.temperature import median_spread
 
-STORES = "bfloat16,float16,int8,int8-{d},int8-256,int8-128,int8-64,float32-256,float32-128"
+STORES = (
+    "bfloat16,float16,int8,int8-{d},int8-448,int8-384,int8-288,int8-256,int8-128,int8-64,"
+    "float32-256,float32-128"
+)
 _READ_ROWS = 1 << 14
 _TAUS = 2.0 ** (np.arange(-8, 9) / 4)
 
