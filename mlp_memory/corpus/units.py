@@ -25,6 +25,7 @@ import numpy as np
 from mlp_memory import artifacts
 from mlp_memory.artifacts import Directory, UserError
 from mlp_memory.corpus.vocabulary import Vocabulary
+from mlp_memory.parallel.fleet import usable_cores
 from mlp_memory.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -124,8 +125,7 @@ def encode_split(
 def _processes(workers: int | None, num_bytes: int) -> int:
     if num_bytes < PARALLEL_BYTES:
         return 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(workers or usable, -(-num_bytes // UNIT_BYTES))
+    return min(workers or usable_cores(), -(-num_bytes // UNIT_BYTES))
 
 
 def encode_unit(store: str, vocabulary: str, fingerprint: str, dtype: str, unit: Unit) -> Encoded:

@@ -282,7 +282,7 @@ class ScannShard:
 
 
 def load(folder: Path) -> Any:
-    """ScaNN's searcher over the files of a folder, all cores its own.
+    """ScaNN's searcher over the files of a folder, with a thread for each core of this process.
 
     Not by scann's own `load_searcher`, which unpickles a file of that folder.
     """
@@ -291,7 +291,7 @@ def load(folder: Path) -> Any:
     pybind = _scann("scann_ops.py.scann_ops_pybind")
     with _quiet():
         searcher = pybind.ScannSearcher(pybind.scann_pybind.ScannNumpy(str(folder), assets))
-    searcher.set_num_threads(os.cpu_count() or 1)
+    searcher.set_num_threads(usable_cores())
     return searcher
 
 

@@ -44,6 +44,11 @@ _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 20.0
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on: of workers on one machine each has its share."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_units(
     what: str,
     make_worker: MakeWorker,

@@ -10,7 +10,7 @@ from mlp_memory.artifacts import ArrayReader, Directory, UserError, as_dtype, be
 from mlp_memory.datastore import embed as embedding
 from mlp_memory.datastore.codec import CODEC_NAME
 from mlp_memory.datastore.config import EmbedConfig
-from mlp_memory.datastore.embed import embed, key_specs, row_reader
+from mlp_memory.datastore.embed import Inputs, embed, key_specs, row_reader
 from mlp_memory.datastore.store import RecomputedRows, open_keys, open_states
 
 CONFIG = EmbedConfig(context=10, stride=4, chunk_rows=16, batch_windows=3)
@@ -27,14 +27,14 @@ KINDS = [
 def made(folder, config, decoder, stream, mesh):
     """Keys, states and manifest of a fresh datastore."""
     directory = Directory(folder)
-    arrays = key_specs(config, len(stream), decoder.config.dim)
+    shape = (len(stream), decoder.config.dim)
+    arrays = key_specs(config, *shape)
     manifest = embed(
         directory,
         begin(directory, "datastore", {"embed": config_dict(config)}, {}, arrays),
         config,
-        decoder,
-        stream,
-        mesh,
+        shape,
+        lambda: Inputs(decoder, stream, mesh),
     )
     reader = functools.cache(lambda: row_reader(config, decoder, mesh))
     given = (directory, manifest, config, stream, reader)
