@@ -22,6 +22,7 @@ import numpy as np
 
 from mlp_memory.artifacts import Directory, UserError, first_line, peek
 from mlp_memory.index.codec import Codebook, Space, nearest_leaves
+from mlp_memory.parallel.fleet import usable_cores
 
 GAPS = "rows_without_key.npy"
 SPACE = "space.npy"
