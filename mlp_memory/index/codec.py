@@ -17,48 +17,90 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 _BLOCK_BYTES = 1 << 26
+_CODES = 127
 
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """The space of the dot product, E = D + 1.
+    """The space of the dot product, E = D + 1; D + 2 where keys are kept rounded.
+
+    A rounded key x is searched as the key that it is, so |x|² is of the rounded one; one rounded
+    number is too few for that, so a second column has what the first leaves: with queries [q, s, s]
+    a distance is exact but for the rounding of x.
 
     Attributes:
       mean_D: float32, taken from keys and queries.
       scale: s, above 0.
+      dtype: of the keys that are kept: "float32", "bfloat16" or "int8".
+      steps_E: float32, for "int8" only: what one of a column's 127 codes up or down is worth.
     """
 
     mean_D: np.ndarray
     scale: float
+    dtype: str = "float32"
+    steps_E: np.ndarray | None = None
 
     @classmethod
-    def of(cls, sample_SxD: np.ndarray) -> "Space":
-        """The space that a sample's mean and lengths give."""
+    def of(cls, sample_SxD: np.ndarray, dtype: str = "float32") -> "Space":
+        """The space that a sample's mean, lengths and, for "int8", largest values give."""
         mean_D = sample_SxD.mean(axis=0, dtype=np.float64).astype(np.float32)
-        sqnorm_S = np.square(sample_SxD - mean_D).sum(axis=1, dtype=np.float64)
-        return cls(mean_D, float(np.float32(np.sqrt(sqnorm_S.mean()))) or 1.0)
+        centred_SxD = sample_SxD - mean_D
+        sqnorm_S = np.square(centred_SxD).sum(axis=1, dtype=np.float64)
+        scale = float(np.float32(np.sqrt(sqnorm_S.mean()))) or 1.0
+        if dtype != "int8":
+            return cls(mean_D, scale, dtype)
+        largest_D = np.abs(centred_SxD).max(axis=0)
+        steps_D = np.where(largest_D > 0, largest_D, 1) / _CODES
+        # Longer keys than the sample's are rare; a third more is allowed for, the rest is cut off.
+        step = 4 / 3 * (sqnorm_S.max() or 1.0) / (2 * scale) / _CODES
+        steps_E = np.concatenate([steps_D, [step, step / (2 * _CODES)]]).astype(np.float32)
+        return cls(mean_D, scale, dtype, steps_E)
 
     def keys(self, keys_RxD: np.ndarray) -> np.ndarray:
-        """float32 [R, E]: [x, −|x|²/(2s)]."""
-        lifted_RxE = np.empty((len(keys_RxD), len(self.mean_D) + 1), np.float32)
-        np.subtract(keys_RxD, self.mean_D, out=lifted_RxE[:, :-1])
-        sqnorm_R = np.einsum("re,re->r", lifted_RxE[:, :-1], lifted_RxE[:, :-1])
-        lifted_RxE[:, -1] = sqnorm_R / (-2 * self.scale)
+        """float32 [R, E]: [x, −|x|²/(2s)], x as it is kept."""
+        dim = len(self.mean_D)
+        lifted_RxE = np.zeros((len(keys_RxD), dim + (1 if self.dtype == "float32" else 2)), np.float32)
+        np.subtract(keys_RxD, self.mean_D, out=lifted_RxE[:, :dim])
+        lifted_RxE[:, :dim] = self._rounded(lifted_RxE)[:, :dim]
+        half_R = np.einsum("re,re->r", lifted_RxE[:, :dim], lifted_RxE[:, :dim]) / (-2 * self.scale)
+        lifted_RxE[:, dim] = half_R
+        if self.dtype != "float32":
+            lifted_RxE[:, dim] = self._rounded(lifted_RxE)[:, dim]
+            lifted_RxE[:, dim + 1] = half_R - lifted_RxE[:, dim]
+            lifted_RxE[:, dim + 1] = self._rounded(lifted_RxE)[:, dim + 1]
         return lifted_RxE
 
+    def stored(self, lifted_RxE: np.ndarray) -> np.ndarray:
+        """Lifted keys as ScaNN keeps them: float32, bfloat16 as its bits in int16, or int8 codes."""
+        if self.dtype == "int8":
+            return np.clip(np.rint(lifted_RxE / self.steps_E), -_CODES, _CODES).astype(np.int8)
+        if self.dtype == "bfloat16":
+            return lifted_RxE.astype(ml_dtypes.bfloat16).view(np.int16)
+        return lifted_RxE
+
+    def _rounded(self, lifted_RxE: np.ndarray) -> np.ndarray:
+        stored_RxE = self.stored(lifted_RxE)
+        if self.dtype == "int8":
+            return stored_RxE * self.steps_E
+        return (
+            stored_RxE.view(ml_dtypes.bfloat16).astype(np.float32) if self.dtype == "bfloat16" else stored_RxE
+        )
+
     def queries(self, queries_QxD: np.ndarray) -> np.ndarray:
-        """float32 [Q, E]: [q, s]."""
-        lifted_QxE = np.empty((len(queries_QxD), len(self.mean_D) + 1), np.float32)
-        np.subtract(queries_QxD, self.mean_D, out=lifted_QxE[:, :-1])
-        lifted_QxE[:, -1] = self.scale
+        """float32 [Q, E]: [q, s], s twice where keys are rounded."""
+        dim = len(self.mean_D)
+        lifted_QxE = np.empty((len(queries_QxD), dim + (1 if self.dtype == "float32" else 2)), np.float32)
+        np.subtract(queries_QxD, self.mean_D, out=lifted_QxE[:, :dim])
+        lifted_QxE[:, dim:] = self.scale
         return lifted_QxE
 
     def sqdist(self, lifted_QxE: np.ndarray, dots_Qxk: np.ndarray) -> np.ndarray:
         """Squared distances, float32 and not negative, of dot products with lifted queries."""
-        queries_QxD = lifted_QxE[:, :-1]
+        queries_QxD = lifted_QxE[:, : len(self.mean_D)]
         sqnorm_Q = np.einsum("qe,qe->q", queries_QxD, queries_QxD)
         return np.maximum(sqnorm_Q[:, None] - 2 * dots_Qxk, 0).astype(np.float32)
 

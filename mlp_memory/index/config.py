@@ -5,6 +5,8 @@ import dataclasses
 from mlp_memory.artifacts import UserError
 
 BACKENDS = ("scann", "exact")
+REORDER_DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}
+"""Bytes of a number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +23,9 @@ class IndexConfig:
       leaves_to_search: partitions a query visits in a shard.
       dimensions_per_block: key dimensions that share one 4-bit code.
       reorder: candidates of a shard whose distance is computed in full.
+      reorder_dtype: of the keys that a shard keeps for that: "float32", "bfloat16" or "int8".
+        Rounded ones take a half or a quarter of disk and memory; their distances are the
+        rounded keys'. Shards of few rows, searched by brute force, keep float32.
       target_recall: recall@k, less 1.96 standard errors, that the choices must reach on the sample.
       recall_sample: rows sampled to measure recall.
       sample_seed: seed of the samples.
@@ -35,6 +40,7 @@ class IndexConfig:
     leaves_to_search: int = 0
     dimensions_per_block: int = 0
     reorder: int = 0
+    reorder_dtype: str = "float32"
     target_recall: float = 0.95
     recall_sample: int = 1000
     sample_seed: int = 0
@@ -43,6 +49,9 @@ class IndexConfig:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise UserError(f"index.backend = {self.backend!r}: give one of {', '.join(map(repr, BACKENDS))}")
+        if self.reorder_dtype not in REORDER_DTYPES:
+            words = ", ".join(map(repr, REORDER_DTYPES))
+            raise UserError(f"index.reorder_dtype = {self.reorder_dtype!r}: give one of {words}")
         chosen = ("shards", "leaves", "leaves_to_search", "dimensions_per_block", "reorder", "sample_seed")
         for name, low in {**dict.fromkeys(chosen, 0), "recall_sample": 1}.items():
             if getattr(self, name) < low:

@@ -3,7 +3,7 @@
 The only importer of scann. A shard is a k-means tree whose leaves hold 4-bit codes of the
 residuals, and the keys themselves for reordering; one of few rows is the keys alone, searched by
 brute force. ScaNN reads its files from the shard's folder `scann`: its configuration
-(`scann_config.pb`), the lifted keys (`dataset.npy`), each row's leaf
+(`scann_config.pb`), the lifted keys (`dataset.npy`, or rounded ones), each row's leaf
 (`datapoint_to_token.npy`) and codes (`hashed_dataset.npy`), the tree
 (`serialized_partitioner.pb`) and the codebook (`ah_codebook.pb`).
 """
@@ -32,7 +32,8 @@ FOLDER = "scann"
 _BATCH_QUERIES = 256
 _LEAST_QUERIES = 32
 _TRAINING_ITERATIONS = 12
-_CONFIG, _DATASET = "scann_config.pb", "dataset.npy"
+_CONFIG = "scann_config.pb"
+_MULTIPLIERS = "int8_multipliers.npy"
 _TREE, _BOOK, _LEAVES, _CODES = (
     "serialized_partitioner.pb",
     "ah_codebook.pb",
@@ -44,7 +45,15 @@ _ASSETS = {
     _TREE: "PARTITIONER",
     _LEAVES: "TOKENIZATION_NPY",
     _CODES: "AH_DATASET_NPY",
-    _DATASET: "DATASET_NPY",
+    "dataset.npy": "DATASET_NPY",
+    "bfloat16_dataset.npy": "BF16_DATASET_NPY",
+    "int8_dataset.npy": "INT8_DATASET_NPY",
+    _MULTIPLIERS: "INT8_MULTIPLIERS_NPY",
+}
+_DATASETS = {
+    "float32": ("dataset.npy", "<f4"),
+    "bfloat16": ("bfloat16_dataset.npy", "<i2"),
+    "int8": ("int8_dataset.npy", "|i1"),
 }
 
 
@@ -83,8 +92,8 @@ class Tree:
     file: bytes
 
 
-def train_tree(sample_SxD: np.ndarray, leaves: int) -> Tree:
-    """A tree of so many leaves.
+def train_tree(sample_SxD: np.ndarray, leaves: int, reorder_dtype: str = "float32") -> Tree:
+    """A tree of so many leaves, over keys that are kept as `reorder_dtype`.
 
     The same sample gives the same tree in any process: k-means++ starts from a fixed seed (ScaNN's
     random start has none), and one thread sums in one order.
@@ -92,7 +101,7 @@ def train_tree(sample_SxD: np.ndarray, leaves: int) -> Tree:
     Raises:
       UserError: ScaNN refuses the sample or the number.
     """
-    space = Space.of(sample_SxD)
+    space = Space.of(sample_SxD, reorder_dtype)
     builder = _builder(space.keys(sample_SxD))
     _ask_for_tree(builder, leaves, len(sample_SxD))
     builder.score_brute_force()
@@ -124,7 +133,8 @@ def train_codes(tree: Tree, sample_SxD: np.ndarray, dimensions_per_block: int) -
     _ask_for_tree(whole, leaves, samples)
     whole.score_ah(width, training_sample_size=samples)
     # The builder's default of candidates; each search names its own.
-    whole.reorder(1)
+    kinds = _scann("scann_ops.py.scann_builder").ReorderType
+    whole.reorder(1, quantize=kinds[tree.space.dtype.upper()])
     files = {_CONFIG: _config(whole.create_config()), _TREE: tree.file, _BOOK: book_file}
     book = _scann("proto.centers_pb2").CentersForAllSubspaces.FromString(book_file)
     words = [[word.feature_value_float for word in block.center] for block in book.subspace_centers]
@@ -161,7 +171,9 @@ def _built(builder: Any, what: str) -> dict[str, bytes]:
         except (RuntimeError, ValueError) as error:
             keys = f"{builder.db.shape[0]} keys of {builder.db.shape[1] - 1} dimensions"
             raise UserError(f"ScaNN refuses {keys} with {what}: {first_line(error)}") from error
-        return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != _DATASET}
+        return {
+            path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name in (_TREE, _BOOK)
+        }
 
 
 def _config(text: str) -> bytes:
@@ -189,7 +201,11 @@ def write_shard(
     (folder / FOLDER).mkdir()
     for name, data in trained.files.items():
         (folder / FOLDER / name).write_bytes(data)
-    shapes = {_DATASET: ((positions, dimension + 1), "<f4")}
+    space = trained.space
+    dataset, dtype = _DATASETS[space.dtype]
+    shapes = {dataset: ((positions, len(space.queries(space.mean_D[None])[0])), dtype)}
+    if space.dtype == "int8":
+        np.save(folder / FOLDER / _MULTIPLIERS, 1 / space.steps_E)
     if trained.codebook:
         shapes[_LEAVES] = ((positions,), "<i4")
         shapes[_CODES] = ((positions, len(trained.codebook.codewords_Bx16xP)), "|u1")
@@ -200,8 +216,8 @@ def write_shard(
             header = {"descr": dtype, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(files[name], header)
         for block_RxD in blocks:
-            lifted_RxE = trained.space.keys(block_RxD)
-            files[_DATASET].write(lifted_RxE.data)
+            lifted_RxE = space.keys(block_RxD)
+            files[dataset].write(np.ascontiguousarray(space.stored(lifted_RxE)).data)
             if trained.codebook:
                 leaves_R, codes_RxB = trained.codebook.encode(lifted_RxE)
                 files[_LEAVES].write(leaves_R.data)
@@ -209,7 +225,7 @@ def write_shard(
 
 
 class ScannShard:
-    """One shard, loaded. Memory: its keys and codes, 4.5·d bytes per row."""
+    """One shard, loaded. Memory: its keys and codes, 4.5·d bytes per row, less where keys are rounded."""
 
     def __init__(self, directory: Directory, leaves_to_search: int, reorder: int):
         """Loads it.
@@ -242,7 +258,8 @@ class ScannShard:
         self._space, self._searcher = None, None
         if len(self._row_of_position):
             space_E = np.load(path / SPACE, allow_pickle=False)
-            self._space = Space(space_E[:-1], float(space_E[-1]))
+            kept = (dtype for dtype, (name, _) in _DATASETS.items() if (path / FOLDER / name).is_file())
+            self._space = Space(space_E[:-1], float(space_E[-1]), next(kept, "float32"))
             try:
                 self._searcher = load(path / FOLDER)
             except (RuntimeError, ValueError) as error:

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from mlp_memory.artifacts import UserError
-from mlp_memory.index.config import IndexConfig
+from mlp_memory.index.config import REORDER_DTYPES, IndexConfig
 from mlp_memory.index.exact import Rows
 
 _READ_BYTES = 1 << 26
@@ -37,6 +37,13 @@ def shard_rows(rows: int, shards: int, shard: int) -> tuple[int, int]:
 def shard_count(rows: int, dimension: int, config: IndexConfig) -> int:
     """Shards as configured, or the fewest whose float32 keys fit `shard_gigabytes`."""
     return config.shards or max(math.ceil(4 * rows * dimension / (config.shard_gigabytes * 1e9)), 1)
+
+
+def bytes_per_key(dimension: int, config: IndexConfig) -> int:
+    """Bytes on disk, at most, of a key in a ScaNN shard: kept for reordering, coded, its leaf."""
+    columns = dimension + (1 if config.reorder_dtype == "float32" else 2)
+    codes = math.ceil(columns / (config.dimensions_per_block or 1))
+    return REORDER_DTYPES[config.reorder_dtype] * columns + codes + 4
 
 
 def checked_blocks(keys: Rows, stream: Stream, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:

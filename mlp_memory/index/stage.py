@@ -19,7 +19,7 @@ from mlp_memory.index.exact import Rows, exact_search
 from mlp_memory.index.neighbors import exclude_self
 from mlp_memory.index.scann_shard import GAPS, ScannShard, Trained
 from mlp_memory.index.search import Index
-from mlp_memory.index.shards import Stream, checked_blocks, shard_count
+from mlp_memory.index.shards import Stream, bytes_per_key, checked_blocks, shard_count
 from mlp_memory.index.tuning import Setting, Structure
 from mlp_memory.training.progress import Progress
 
@@ -127,7 +127,7 @@ class _Work:
 
 def _say_needs(rows: int, dimension: int, shards: int, config: IndexConfig) -> None:
     """States memory and disk beforehand."""
-    per_row = 4 * (dimension + 1) + -(-(dimension + 1) // (config.dimensions_per_block or 1)) + 4
+    per_row = bytes_per_key(dimension, config)
     memory = 1.5 * 4 * dimension * -(-rows // shards) + (1 << 30)
     print(
         f"index: {shards} {'shard' if shards == 1 else 'shards'} of {-(-rows // shards):,} rows, at most "
@@ -212,14 +212,16 @@ def _plans(work: _Work, sample_SxD: np.ndarray) -> tuple[list[_Plan], list[dict[
     counts = tuning.leaf_counts(work.shard_rows, config)
     widths = tuning.code_widths(config)
     with Progress("index: pilots", len(counts) + len(widths) - 1, "trees and codes") as progress:
-        tree = scann_shard.train_tree(sample_SxD, min(counts[0], len(sample_SxD) // _ROWS_PER_LEAF))
+        tree = scann_shard.train_tree(
+            sample_SxD, min(counts[0], len(sample_SxD) // _ROWS_PER_LEAF), config.reorder_dtype
+        )
         for width in widths:
             pilots.try_one(tree, width)
             progress.advance(1)
         best_width = pilots.ranked()[0][0].structure.dimensions_per_block
         for leaves in counts[1:]:
             if leaves <= len(sample_SxD) // _ROWS_PER_LEAF:
-                pilots.try_one(scann_shard.train_tree(sample_SxD, leaves), best_width)
+                pilots.try_one(scann_shard.train_tree(sample_SxD, leaves, config.reorder_dtype), best_width)
             progress.advance(1)
     pinned = config.leaves or config.leaves_to_search or config.reorder or config.dimensions_per_block
     ranked = pilots.ranked()

@@ -11,7 +11,7 @@ from mlp_memory.artifacts import UserError, as_dtype
 from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.decoder.config import DecoderConfig
 from mlp_memory.index.config import IndexConfig
-from mlp_memory.index.shards import shard_count
+from mlp_memory.index.shards import bytes_per_key, shard_count
 from mlp_memory.targets.config import RetrieveConfig
 
 _CANDIDATE_BYTES = 8
@@ -111,8 +111,7 @@ def _disk(
     retrieve: RetrieveConfig,
 ) -> list[Need]:
     keys = dim * as_dtype(embed.key_dtype).itemsize if embed.store == "array" else 0
-    codes = math.ceil((dim + 1) / (index.dimensions_per_block or 1))
-    scann = 4 * (dim + 1) + codes + 4 if index.backend == "scann" else 0
+    scann = bytes_per_key(dim, index) if index.backend == "scann" else 0
     top_m = min(retrieve.top_m, retrieve.k)
     targets = top_m * (token_bytes + 2) + 8
     per_row = {"keys": keys, "index": scann, "targets": targets}

@@ -1,3 +1,4 @@
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -16,6 +17,27 @@ def test_a_dot_product_in_the_lifted_space_is_the_squared_distance():
     norms = (queries**2).sum(1)[:, None] + (keys**2).sum(1)
     assert (np.abs(sqdist - want) <= 1e-6 * norms).all()
     assert (sqdist >= 0).all()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 2.0**-8), ("int8", 0.5 / 127)])
+def test_rounded_keys_are_at_their_own_distance(dtype, error):
+    rng = np.random.default_rng()
+    keys = (rng.normal(size=(400, 30)) * rng.uniform(0.1, 3, (400, 1)) + 20).astype(np.float32)
+    space = Space.of(keys, dtype)
+    queries = np.concatenate([keys[:50], rng.normal(20, 1, (50, 30)).astype(np.float32)])
+    lifted = space.keys(keys)
+    stored = space.stored(lifted)
+    assert stored.dtype.itemsize == {"bfloat16": 2, "int8": 1}[dtype]
+    kept = stored * space.steps_E if dtype == "int8" else stored.view(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_allclose(kept, lifted, rtol=1e-6, atol=1e-6)  # what is coded is what is kept
+    rounded = kept[:, :30].astype(np.float64) + space.mean_D
+    largest = np.abs(keys - space.mean_D).max(axis=0)
+    assert (np.abs(rounded - keys) <= error * largest + 1e-5).all()
+    asked = space.queries(queries)
+    want = ((queries[:, None].astype(np.float64) - rounded[None]) ** 2).sum(2)
+    norms = ((queries - space.mean_D) ** 2).sum(1)[:, None] + ((rounded - space.mean_D) ** 2).sum(1)
+    # A second column has what the first one leaves of |x|²: 14 bits with int8, 16 with bfloat16.
+    assert (np.abs(space.sqdist(asked, asked @ kept.T) - want) <= norms.max() * 2.0**-13).all()
 
 
 @pytest.mark.parametrize(("dimension", "width"), [(24, 1), (24, 2), (30, 4), (25, 3)])

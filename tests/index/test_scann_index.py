@@ -96,6 +96,24 @@ def test_rows_found_have_a_next_token_and_their_true_distance(tmp_path, rows, sh
         assert recall_at_k(found_rows, true_rows) > 0.999
 
 
+@pytest.mark.parametrize(("dtype", "size", "off"), [("bfloat16", 2, 0.01), ("int8", 1, 0.06)])
+def test_shards_of_rounded_keys_are_smaller_and_near_the_truth(tmp_path, dtype, size, off):
+    rng = np.random.default_rng()
+    keys, stream = clustered_keys(rng, 9000), Documents(rng, 9000)
+    config = IndexConfig(reorder_dtype=dtype, target_recall=0.9, recall_sample=300)
+    index = built(tmp_path / "index", keys, stream, config)
+    assert index.leaves_to_search  # not by brute force, which keeps float32
+    facts = peek(Directory(tmp_path / "index/shard-00000")).facts
+    files = {name: n for name, n in facts["bytes"].items() if "dataset" in name and "hashed" not in name}
+    assert files == {f"scann/{dtype}_dataset.npy": stream.valid.sum() * (24 + 2) * size + 128}
+    asked = np.flatnonzero(stream.valid)
+    found, sqdist = index.search(keys[asked], K + 1)
+    true, _ = exact_search(keys, stream.valid, keys[asked], K + 1)
+    assert recall_at_k(found, true) > 0.9
+    want, there = ((keys[asked][:, None] - keys[found]) ** 2).sum(2), found >= 0
+    assert np.abs(sqdist - want)[there].mean() < off * want[there].mean()
+
+
 def test_a_query_finds_the_same_rows_in_any_company(tmp_path):
     rng = np.random.default_rng()
     keys = rng.normal(size=(30_000, 32)).astype(np.float32)
