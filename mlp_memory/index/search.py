@@ -83,9 +83,8 @@ class Index:
         Raises:
           UserError: a file of a shard is missing or damaged.
         """
-        rows_Qxk = np.full((len(queries_QxE), k), -1, np.int64)
-        sqdist_Qxk = np.full((len(queries_QxE), k), np.inf, np.float32)
-        for s in range(self.shards):
+        rows_Qxk, sqdist_Qxk = nearest_first(*self.shard(0).search(queries_QxE, k), k)
+        for s in range(1, self.shards):
             found_rows, found_sqdist = self.shard(s).search(queries_QxE, k)
             rows_Qxk, sqdist_Qxk = nearest_first(
                 np.concatenate([rows_Qxk, found_rows], axis=1),

@@ -172,7 +172,7 @@ def check_goal(certificate: Mapping[str, Any], config: RetrieveConfig) -> None:
     text = "; ".join(figures)
     if not config.accept_below_goal:
         raise UserError(
-            f"{text}: give more index.leaves_to_search or index.reorder and run index again, or "
+            f"{text}: raise index.target_recall and run index again, or give "
             "retrieve.accept_below_goal = True"
         )
     print(f"retrieve: {text}; accepted", file=sys.stderr)
