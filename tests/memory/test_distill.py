@@ -166,7 +166,8 @@ def test_states_that_are_computed_again_are_computed_once_an_epoch(data, mesh, t
         computed.append(start)
         return keys[start:stop]
 
-    states = RecomputedRows(compute, keys.shape, chunk_rows=8, cached_chunks=4)
+    four_chunks = 4 * 8 * keys.shape[1] * 4
+    states = RecomputedRows(compute, keys.shape, chunk_rows=8, cache_bytes=four_chunks)
     manifest = run_distill(tmp_path / "memory", (data[0], states, *data[2:]), mesh, steps=12, block_rows=4)
     assert manifest.facts["train_rows"] == 12 * 16
     assert sorted(computed[:12]) == list(range(0, N, 8))
