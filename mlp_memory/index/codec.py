@@ -2,13 +2,18 @@
 
 With x a key less the mean of a sample, and q a query less that mean,
 
-    |q − x|² = |q|² − 2 (q·x − |x|²/2) = |q|² − 2 [q, s]·[x, −|x|²/(2s)],
+    |q − x|² = |q|² − 2 (q·x − |x|²/2) = |q|² − 2 [q, 1]·[x, −|x|²/2],
 
 so that the nearest keys by squared L2 are the best by dot product in one more dimension, and
-ScaNN may code the residual to a leaf's centre, which it does not for squared L2. s, the root
-mean square of |x|, gives the new column the scale of the keys' length.
+ScaNN may code the residual to a leaf's centre, which it does not for squared L2. Centres are lifted
+as keys are, so that a query visits the leaves whose centres are nearest.
 
-ScaNN trains centres and codebooks on a sample; every row is coded here, block by block. Its own
+What is left of −|x|²/2 beyond its centre's share is large beside a block of x, and 4 bits of it would spoil
+the sum; and ScaNN rounds all blocks' products to 8 bits of the largest. So it has four codes: three
+share the value, each correcting the ones before, and the last takes what is left. For these the
+lifted key has three more columns, zero, and the query three more ones.
+
+ScaNN trains centres and codewords on a sample; every row is coded here, block by block. Its own
 builder holds the keys twice, their residuals once more, and repeats with one thread only.
 """
 
@@ -19,48 +24,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+NORM_CODES = 4
 _BLOCK_BYTES = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """The space of the dot product, E = D + 1.
+    """The space of the dot product, of E = D + 4 dimensions.
 
     Attributes:
       mean_D: float32, taken from keys and queries.
-      scale: s, above 0.
     """
 
     mean_D: np.ndarray
-    scale: float
 
     @classmethod
     def of(cls, sample_SxD: np.ndarray) -> "Space":
-        """The space that a sample's mean and lengths give."""
-        mean_D = sample_SxD.mean(axis=0, dtype=np.float64).astype(np.float32)
-        sqnorm_S = np.square(sample_SxD - mean_D).sum(axis=1, dtype=np.float64)
-        return cls(mean_D, float(np.float32(np.sqrt(sqnorm_S.mean()))) or 1.0)
+        """The space around a sample's mean."""
+        return cls(sample_SxD.mean(axis=0, dtype=np.float64).astype(np.float32))
 
     def keys(self, keys_RxD: np.ndarray) -> np.ndarray:
-        """float32 [R, E]: [x, −|x|²/(2s)]."""
-        lifted_RxE = np.empty((len(keys_RxD), len(self.mean_D) + 1), np.float32)
-        np.subtract(keys_RxD, self.mean_D, out=lifted_RxE[:, :-1])
-        sqnorm_R = np.einsum("re,re->r", lifted_RxE[:, :-1], lifted_RxE[:, :-1])
-        lifted_RxE[:, -1] = sqnorm_R / (-2 * self.scale)
+        """float32 [R, E]: [x, −|x|²/2, 0, 0, 0]."""
+        lifted_RxE = np.zeros((len(keys_RxD), len(self.mean_D) + NORM_CODES), np.float32)
+        x_RxD = lifted_RxE[:, :-NORM_CODES]
+        np.subtract(keys_RxD, self.mean_D, out=x_RxD)
+        lifted_RxE[:, -NORM_CODES] = -half_sqnorm(x_RxD)
         return lifted_RxE
 
     def queries(self, queries_QxD: np.ndarray) -> np.ndarray:
-        """float32 [Q, E]: [q, s]."""
-        lifted_QxE = np.empty((len(queries_QxD), len(self.mean_D) + 1), np.float32)
-        np.subtract(queries_QxD, self.mean_D, out=lifted_QxE[:, :-1])
-        lifted_QxE[:, -1] = self.scale
+        """float32 [Q, E]: [q, 1, 1, 1, 1]."""
+        lifted_QxE = np.ones((len(queries_QxD), len(self.mean_D) + NORM_CODES), np.float32)
+        np.subtract(queries_QxD, self.mean_D, out=lifted_QxE[:, :-NORM_CODES])
         return lifted_QxE
 
     def sqdist(self, lifted_QxE: np.ndarray, dots_Qxk: np.ndarray) -> np.ndarray:
         """Squared distances, float32 and not negative, of dot products with lifted queries."""
-        queries_QxD = lifted_QxE[:, :-1]
-        sqnorm_Q = np.einsum("qe,qe->q", queries_QxD, queries_QxD)
-        return np.maximum(sqnorm_Q[:, None] - 2 * dots_Qxk, 0).astype(np.float32)
+        half_Q = half_sqnorm(lifted_QxE[:, :-NORM_CODES])
+        return np.maximum(2 * (half_Q[:, None] - dots_Qxk), 0).astype(np.float32)
+
+
+def half_sqnorm(x_RxD: np.ndarray) -> np.ndarray:
+    """float32 [R]: |x|²/2."""
+    return np.einsum("rd,rd->r", x_RxD, x_RxD) / 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,30 +73,51 @@ class Codebook:
     """What a lifted key is coded by: the nearest centre, then 4 bits per block of its residual.
 
     Attributes:
-      centres_LxE: float32, of the leaves.
-      codewords_Bx16xP: float32, of the blocks; dimension b·P + p is p of block b, zero past E.
+      centres_LxD: float32, of the leaves, less the mean.
+      codewords_Bx16xP: float32, of the blocks of x; dimension b·P + p is p of block b, zero past D.
+      norm_words_4x16: float32, of the residual of −|x|²/2.
     """
 
-    centres_LxE: np.ndarray
+    centres_LxD: np.ndarray
     codewords_Bx16xP: np.ndarray
+    norm_words_4x16: np.ndarray
 
     def encode(self, lifted_NxE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """leaves_N int32, and codes_NxB uint8 below 16."""
+        """leaves_N int32, and codes [N, B + 4] uint8 below 16."""
         blocks = len(self.codewords_Bx16xP)
-        leaf_N = nearest_leaves(lifted_NxE, self.centres_LxE)
-        code_NxB = np.empty((len(lifted_NxE), blocks), np.uint8)
+        leaf_N = nearest_leaves(lifted_NxE, self.centres_LxD)
+        code_NxC = np.empty((len(lifted_NxE), blocks + NORM_CODES), np.uint8)
+        half_sqnorm_L = half_sqnorm(self.centres_LxD)
         for rows, filled_RxE in _blocks(lifted_NxE, blocks * 16):
-            filled_R = np.pad(leaf_N[rows], (0, len(filled_RxE) - len(leaf_N[rows])))
-            residual_RxE = filled_RxE - self.centres_LxE[filled_R]
-            code_NxB[rows] = np.asarray(_codes(residual_RxE, self.codewords_Bx16xP))[: len(leaf_N[rows])]
-        return leaf_N, code_NxB
+            count = len(leaf_N[rows])
+            filled_R = np.pad(leaf_N[rows], (0, len(filled_RxE) - count))
+            residual_RxD = filled_RxE[:, :-NORM_CODES] - self.centres_LxD[filled_R]
+            code_NxC[rows, :blocks] = np.asarray(_codes(residual_RxD, self.codewords_Bx16xP))[:count]
+            norm_R = filled_RxE[:, -NORM_CODES] + half_sqnorm_L[filled_R]
+            code_NxC[rows, blocks:] = norm_codes(norm_R, self.norm_words_4x16)[:count]
+        return leaf_N, code_NxC
 
 
-def nearest_leaves(lifted_NxE: np.ndarray, centres_LxE: np.ndarray) -> np.ndarray:
+def norm_target(left_R: np.ndarray, code: int) -> np.ndarray:
+    """What one of the four codes should be, of what the ones before it have left."""
+    return left_R / max(NORM_CODES - 1 - code, 1)
+
+
+def norm_codes(norm_R: np.ndarray, words_4x16: np.ndarray) -> np.ndarray:
+    """uint8 [R, n]: the codes one after the other, as many as there are words for."""
+    codes_RxC, left_R = np.empty((len(norm_R), len(words_4x16)), np.uint8), norm_R.copy()
+    for code, words in enumerate(words_4x16):
+        target_R = norm_target(left_R, code)
+        codes_RxC[:, code] = np.abs(target_R[:, None] - words).argmin(1)
+        left_R -= words[codes_RxC[:, code]]
+    return codes_RxC
+
+
+def nearest_leaves(lifted_NxE: np.ndarray, centres_LxD: np.ndarray) -> np.ndarray:
     """int32 [N]: the centre nearest to each row."""
     leaf_N = np.empty(len(lifted_NxE), np.int32)
-    for rows, filled_RxE in _blocks(lifted_NxE, len(centres_LxE)):
-        leaf_N[rows] = np.asarray(_nearest(filled_RxE, centres_LxE))[: len(leaf_N[rows])]
+    for rows, filled_RxE in _blocks(lifted_NxE, len(centres_LxD)):
+        leaf_N[rows] = np.asarray(_nearest(filled_RxE[:, :-NORM_CODES], centres_LxD))[: len(leaf_N[rows])]
     return leaf_N
 
 
@@ -107,16 +133,16 @@ def _blocks(lifted_NxE: np.ndarray, values_per_row: int) -> Iterator[tuple[slice
 
 
 @jax.jit
-def _nearest(lifted_RxE: jax.Array, centres_LxE: jax.Array) -> jax.Array:
-    dots_RxL = jnp.einsum("re,le->rl", lifted_RxE, centres_LxE, precision=jax.lax.Precision.HIGHEST)
-    return jnp.argmax(dots_RxL - jnp.square(centres_LxE).sum(1) / 2, axis=1).astype(jnp.int32)
+def _nearest(x_RxD: jax.Array, centres_LxD: jax.Array) -> jax.Array:
+    dots_RxL = jnp.einsum("rd,ld->rl", x_RxD, centres_LxD, precision=jax.lax.Precision.HIGHEST)
+    return jnp.argmax(dots_RxL - jnp.square(centres_LxD).sum(1) / 2, axis=1).astype(jnp.int32)
 
 
 @jax.jit
-def _codes(residual_RxE: jax.Array, codewords_Bx16xP: jax.Array) -> jax.Array:
+def _codes(residual_RxD: jax.Array, codewords_Bx16xP: jax.Array) -> jax.Array:
     blocks, _, width = codewords_Bx16xP.shape
-    padding = ((0, 0), (0, blocks * width - residual_RxE.shape[1]))
-    residual_RxBxP = jnp.pad(residual_RxE, padding).reshape(-1, blocks, width)
+    padding = ((0, 0), (0, blocks * width - residual_RxD.shape[1]))
+    residual_RxBxP = jnp.pad(residual_RxD, padding).reshape(-1, blocks, width)
     dots_RxBx16 = jnp.einsum(
         "rbp,bcp->rbc", residual_RxBxP, codewords_Bx16xP, precision=jax.lax.Precision.HIGHEST
     )

@@ -77,15 +77,16 @@ def settings(
 ) -> list[Setting]:
     """The grid of searches of a shard, in steps of a quarter; k counts the row itself.
 
-    With `near`, candidates from half to four times its.
+    With `near`, candidates from half to four times its, and at least half its leaves.
     """
     if not structure.leaves:
         return [Setting(0, 0)]
     most = min(_MOST_REORDER_FACTOR * k, rows)
     reorders = [config.reorder] if config.reorder else _steps(min(k, rows), most)
+    searched = [config.leaves_to_search] if config.leaves_to_search else _steps(1, structure.leaves)
     if near is not None:
         reorders = [r for r in reorders if near.reorder / 2 <= r <= 4 * near.reorder] or reorders[-1:]
-    searched = [config.leaves_to_search] if config.leaves_to_search else _steps(1, structure.leaves)
+        searched = [s for s in searched if s >= near.leaves_to_search / 2] or searched[-1:]
     return [Setting(leaves, reorder) for reorder in reorders for leaves in searched]
 
 
