@@ -8,10 +8,12 @@ so that the nearest keys by squared L2 are the best by dot product in one more d
 ScaNN may code the residual to a leaf's centre, which it does not for squared L2. Centres are lifted
 as keys are, so that a query visits the leaves whose centres are nearest.
 
-What is left of −|x|²/2 beyond its centre's share is large beside a block of x, and 4 bits of it would spoil
-the sum; and ScaNN rounds all blocks' products to 8 bits of the largest. So it has four codes: three
+What is left of −|x|²/2 beyond its centre's share is large beside a block of x: 4 bits of it would spoil
+the sum, and ScaNN rounds all blocks' products to 8 bits of the largest. So it has eight codes: seven
 share the value, each correcting the ones before, and the last takes what is left. For these the
-lifted key has three more columns, zero, and the query three more ones.
+lifted key has seven more columns, zero, and the query seven more ones. Measured on 192-dimensional keys
+whose residual has a standard deviation of 21: with four codes ScaNN's rounding adds an error of 0.79
+to 0.91 of the codes of one dimension each, with eight 0.40 to 0.90.
 
 ScaNN trains centres and codewords on a sample; every row is coded here, block by block. Its own
 builder holds the keys twice, their residuals once more, and repeats with one thread only.
@@ -24,13 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-NORM_CODES = 4
+NORM_CODES = 8
 _BLOCK_BYTES = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """The space of the dot product, of E = D + 4 dimensions.
+    """The space of the dot product, of E = D + 8 dimensions.
 
     Attributes:
       mean_D: float32, taken from keys and queries.
@@ -44,7 +46,7 @@ class Space:
         return cls(sample_SxD.mean(axis=0, dtype=np.float64).astype(np.float32))
 
     def keys(self, keys_RxD: np.ndarray) -> np.ndarray:
-        """float32 [R, E]: [x, −|x|²/2, 0, 0, 0]."""
+        """float32 [R, E]: [x, −|x|²/2, 0, ...]."""
         lifted_RxE = np.zeros((len(keys_RxD), len(self.mean_D) + NORM_CODES), np.float32)
         x_RxD = lifted_RxE[:, :-NORM_CODES]
         np.subtract(keys_RxD, self.mean_D, out=x_RxD)
@@ -52,7 +54,7 @@ class Space:
         return lifted_RxE
 
     def queries(self, queries_QxD: np.ndarray) -> np.ndarray:
-        """float32 [Q, E]: [q, 1, 1, 1, 1]."""
+        """float32 [Q, E]: [q, 1, 1, ...]."""
         lifted_QxE = np.ones((len(queries_QxD), len(self.mean_D) + NORM_CODES), np.float32)
         np.subtract(queries_QxD, self.mean_D, out=lifted_QxE[:, :-NORM_CODES])
         return lifted_QxE
@@ -75,15 +77,15 @@ class Codebook:
     Attributes:
       centres_LxD: float32, of the leaves, less the mean.
       codewords_Bx16xP: float32, of the blocks of x; dimension b·P + p is p of block b, zero past D.
-      norm_words_4x16: float32, of the residual of −|x|²/2.
+      norm_words_8x16: float32, of the residual of −|x|²/2.
     """
 
     centres_LxD: np.ndarray
     codewords_Bx16xP: np.ndarray
-    norm_words_4x16: np.ndarray
+    norm_words_8x16: np.ndarray
 
     def encode(self, lifted_NxE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """leaves_N int32, and codes [N, B + 4] uint8 below 16."""
+        """leaves_N int32, and codes [N, B + 8] uint8 below 16."""
         blocks = len(self.codewords_Bx16xP)
         leaf_N = nearest_leaves(lifted_NxE, self.centres_LxD)
         code_NxC = np.empty((len(lifted_NxE), blocks + NORM_CODES), np.uint8)
@@ -94,19 +96,19 @@ class Codebook:
             residual_RxD = filled_RxE[:, :-NORM_CODES] - self.centres_LxD[filled_R]
             code_NxC[rows, :blocks] = np.asarray(_codes(residual_RxD, self.codewords_Bx16xP))[:count]
             norm_R = filled_RxE[:, -NORM_CODES] + half_sqnorm_L[filled_R]
-            code_NxC[rows, blocks:] = norm_codes(norm_R, self.norm_words_4x16)[:count]
+            code_NxC[rows, blocks:] = norm_codes(norm_R, self.norm_words_8x16)[:count]
         return leaf_N, code_NxC
 
 
 def norm_target(left_R: np.ndarray, code: int) -> np.ndarray:
-    """What one of the four codes should be, of what the ones before it have left."""
+    """What one of the eight codes should be, of what the ones before it have left."""
     return left_R / max(NORM_CODES - 1 - code, 1)
 
 
-def norm_codes(norm_R: np.ndarray, words_4x16: np.ndarray) -> np.ndarray:
-    """uint8 [R, n]: the codes one after the other, as many as there are words for."""
-    codes_RxC, left_R = np.empty((len(norm_R), len(words_4x16)), np.uint8), norm_R.copy()
-    for code, words in enumerate(words_4x16):
+def norm_codes(norm_R: np.ndarray, words_8x16: np.ndarray) -> np.ndarray:
+    """uint8 [R, 8]: the codes, one after the other."""
+    codes_RxC, left_R = np.empty((len(norm_R), len(words_8x16)), np.uint8), norm_R.copy()
+    for code, words in enumerate(words_8x16):
         target_R = norm_target(left_R, code)
         codes_RxC[:, code] = np.abs(target_R[:, None] - words).argmin(1)
         left_R -= words[codes_RxC[:, code]]
