@@ -63,7 +63,9 @@ def read(workdir: str | None, rows: int, dimension: int) -> Data:
         keys = ArrayReader(Directory(workdir) / "datastore", "keys")
         rows = min(rows or len(stream), len(stream))
         valid_N, labels_N = stream.has_next(0, rows), stream.labels(0, rows)
-        return Data(np.asarray(keys[0:rows]).astype(np.float32), valid_N, labels_N, f"keys of {workdir}")
+        return Data(
+            np.asarray(keys[0:rows]).astype(np.float32), valid_N, labels_N, f"keys of {Path(workdir).name}"
+        )
     rng, rows = np.random.default_rng(0), rows or 300_000
     centres = rng.normal(size=(4000, dimension)) * 2
     which_N = rng.integers(0, len(centres), rows)
@@ -120,6 +122,11 @@ class Judge:
             for a, b in zip(self._true, made)
         ]
         return recall_at_k(rows_Qxk, self.rows_Qxk), float(np.mean(distance))
+
+
+def index_config(arguments: argparse.Namespace) -> IndexConfig:
+    """All left to the index stage but the goal."""
+    return IndexConfig(target_recall=arguments.target_recall)
 
 
 def exact_point(data: Data, judge: Judge) -> Point:
@@ -235,7 +242,7 @@ def compare(data: Data, arguments: argparse.Namespace) -> None:
     judge = Judge(data, arguments.queries, arguments.k, arguments.temperature)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        build_index(Directory(folder), data.keys_NxD, "benchmark", data, IndexConfig(), arguments.k)
+        build_index(Directory(folder), data.keys_NxD, "benchmark", data, index_config(arguments), arguments.k)
         builds = {"ScaNN": time.perf_counter() - start}
         facts = peek(Directory(folder)).facts
         index = open_index(Directory(folder), data.keys_NxD, data.valid_N)
@@ -332,7 +339,9 @@ def scaling(data: Data, arguments: argparse.Namespace) -> None:
         judge = Judge(part, arguments.queries, arguments.k, arguments.temperature)
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            build_index(Directory(folder), part.keys_NxD, "benchmark", part, IndexConfig(), arguments.k)
+            build_index(
+                Directory(folder), part.keys_NxD, "benchmark", part, index_config(arguments), arguments.k
+            )
             build = time.perf_counter() - start
             facts = peek(Directory(folder)).facts
             index = open_index(Directory(folder), part.keys_NxD, part.valid_N)
@@ -421,6 +430,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=0, help="first rows only; 0 = all (300,000 synthetic)")
     parser.add_argument("--dimension", type=int, default=192, help="of synthetic keys")
     parser.add_argument("--k", type=int, default=1024)
+    parser.add_argument("--target-recall", type=float, default=0.95, help="index.target_recall")
     parser.add_argument("--queries", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = the median spread of distances")

@@ -21,19 +21,18 @@ from typing import Any
 import numpy as np
 
 from mlp_memory.artifacts import Directory, UserError, first_line, peek
-from mlp_memory.index.codec import Codebook, Space, nearest_leaves
+from mlp_memory.index.codec import NORM_CODES, Codebook, Space, half_sqnorm, nearest_leaves, norm_target
 from mlp_memory.parallel.fleet import usable_cores
 
 GAPS = "rows_without_key.npy"
-SPACE = "space.npy"
+SPACE = "mean.npy"
 FOLDER = "scann"
 # ScaNN searches so many queries together; a batch of fewer than about ten takes another path, whose
 # candidates differ here and there. Filled up to _LEAST_QUERIES, a query's rows are its own.
 _BATCH_QUERIES = 256
 _LEAST_QUERIES = 32
 _TRAINING_ITERATIONS = 12
-_CONFIG = "scann_config.pb"
-_MULTIPLIERS = "int8_multipliers.npy"
+_CONFIG, _MULTIPLIERS = "scann_config.pb", "int8_multipliers.npy"
 _TREE, _BOOK, _LEAVES, _CODES = (
     "serialized_partitioner.pb",
     "ah_codebook.pb",
@@ -74,21 +73,21 @@ class Trained:
     @property
     def leaves(self) -> int:
         """Of the tree; 0 for brute force."""
-        return len(self.codebook.centres_LxE) if self.codebook else 0
+        return len(self.codebook.centres_LxD) if self.codebook else 0
 
 
 def brute_force(sample_SxD: np.ndarray) -> Trained:
     """No tree and no codes: every key is compared."""
     text = 'num_neighbors: 1 distance_measure { distance_measure: "DotProductDistance" } brute_force {}'
-    return Trained(Space.of(sample_SxD), None, {_CONFIG: _config(text)})
+    return Trained(Space.of(sample_SxD), None, {_CONFIG: _parse(text).SerializeToString(deterministic=True)})
 
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """A k-means tree over a sample: the space, the leaves' centres_LxE (float32), ScaNN's file."""
+    """A k-means tree over a sample: the space, the leaves' centres_LxD (float32), ScaNN's file."""
 
     space: Space
-    centres_LxE: np.ndarray
+    centres_LxD: np.ndarray
     file: bytes
 
 
@@ -102,64 +101,94 @@ def train_tree(sample_SxD: np.ndarray, leaves: int, reorder_dtype: str = "float3
       UserError: ScaNN refuses the sample or the number.
     """
     space = Space.of(sample_SxD, reorder_dtype)
-    builder = _builder(space.keys(sample_SxD))
-    _ask_for_tree(builder, leaves, len(sample_SxD))
+    builder = _builder(sample_SxD - space.mean_D)
+    builder.tree(
+        leaves,
+        leaves,
+        training_sample_size=len(sample_SxD),
+        training_iterations=_TRAINING_ITERATIONS,
+        random_init=False,
+    )
     builder.score_brute_force()
-    file = _built(builder, f"{leaves} leaves")[_TREE]
-    tree = _scann("partitioning.partitioner_pb2").SerializedPartitioner.FromString(file)
+    tree = _scann("partitioning.partitioner_pb2").SerializedPartitioner.FromString(
+        _built(builder, f"{leaves} leaves")[_TREE]
+    )
     root = tree.kmeans.kmeans_tree.root
     if [child.leaf_id for child in root.children] != list(range(len(root.centers))):
         raise RuntimeError("ScaNN numbers its leaves in another order than its centres")
-    return Tree(space, np.array([centre.dimension for centre in root.centers], np.float32), file)
+    centres_LxD = np.array([centre.dimension for centre in root.centers], np.float32)
+    for centre, half in zip(root.centers, half_sqnorm(centres_LxD).tolist()):
+        centre.dimension.extend([-half] + [0.0] * (NORM_CODES - 1))
+    return Tree(space, centres_LxD, tree.SerializeToString(deterministic=True))
 
 
 def train_codes(tree: Tree, sample_SxD: np.ndarray, dimensions_per_block: int) -> Trained:
     """Codes of so many dimensions each, for the residuals to a tree's centres.
 
-    Tree and codes are those of ScaNN's own build in one go, bit for bit; apart, several codes
-    share the tree, which takes longest.
-
     Raises:
       UserError: ScaNN refuses the sample or the number.
     """
     lifted_SxE = tree.space.keys(sample_SxD)
-    leaves, samples = len(tree.centres_LxE), len(sample_SxD)
-    width = min(dimensions_per_block, lifted_SxE.shape[1])
-    leaf_S = nearest_leaves(lifted_SxE, tree.centres_LxE)
-    residuals = _builder(lifted_SxE - tree.centres_LxE[leaf_S])
-    residuals.score_ah(width, training_sample_size=samples)
-    book_file = _built(residuals, f"{dimensions_per_block} dimensions per block")[_BOOK]
-    whole = _builder(lifted_SxE)
-    _ask_for_tree(whole, leaves, samples)
-    whole.score_ah(width, training_sample_size=samples)
-    # The builder's default of candidates; each search names its own.
-    kinds = _scann("scann_ops.py.scann_builder").ReorderType
-    whole.reorder(1, quantize=kinds[tree.space.dtype.upper()])
-    files = {_CONFIG: _config(whole.create_config()), _TREE: tree.file, _BOOK: book_file}
-    book = _scann("proto.centers_pb2").CentersForAllSubspaces.FromString(book_file)
+    leaf_S = nearest_leaves(lifted_SxE, tree.centres_LxD)
+    residual_SxD = lifted_SxE[:, :-NORM_CODES] - tree.centres_LxD[leaf_S]
+    width = min(dimensions_per_block, residual_SxD.shape[1])
+    book = _train_book(residual_SxD, width)
+    left_S = lifted_SxE[:, -NORM_CODES] + half_sqnorm(tree.centres_LxD)[leaf_S]
+    norm_words = np.zeros((NORM_CODES, 16), np.float32)
+    for code in range(NORM_CODES):
+        target_S = norm_target(left_S, code)
+        of_code = _train_book(target_S[:, None], 1).subspace_centers[0]
+        book.subspace_centers.append(of_code)
+        norm_words[code] = [word.feature_value_float[0] for word in of_code.center]
+        left_S = left_S - norm_words[code][np.abs(target_S[:, None] - norm_words[code]).argmin(1)]
     words = [[word.feature_value_float for word in block.center] for block in book.subspace_centers]
-    codewords = np.zeros((len(words), 16, len(words[0][0])), np.float32)
-    for b, of_block in enumerate(words):
-        if len(of_block) != 16:
-            raise RuntimeError(f"ScaNN made {len(of_block)} codewords of a block, not 16")
+    codewords = np.zeros((len(words) - NORM_CODES, 16, width), np.float32)
+    for b, of_block in enumerate(words[:-NORM_CODES]):
         codewords[b, :, : len(of_block[0])] = of_block
-    return Trained(tree.space, Codebook(tree.centres_LxE, codewords), files)
+    files = {
+        _CONFIG: _tree_config(lifted_SxE, tree, width),
+        _TREE: tree.file,
+        _BOOK: book.SerializeToString(deterministic=True),
+    }
+    return Trained(tree.space, Codebook(tree.centres_LxD, codewords, norm_words), files)
+
+
+def _train_book(residual_SxD: np.ndarray, width: int) -> Any:
+    """ScaNN's codebook of blocks of so many dimensions, 16 words each."""
+    builder = _builder(np.ascontiguousarray(residual_SxD))
+    builder.score_ah(width, training_sample_size=len(residual_SxD))
+    file = _built(builder, f"{width} dimensions per block")[_BOOK]
+    book = _scann("proto.centers_pb2").CentersForAllSubspaces.FromString(file)
+    for block in book.subspace_centers:
+        if len(block.center) != 16:
+            raise RuntimeError(f"ScaNN made {len(block.center)} codewords of a block, not 16")
+    return book
+
+
+def _tree_config(lifted_SxE: np.ndarray, tree: Tree, width: int) -> bytes:
+    """The configuration of a tree over lifted keys, its codes and reordering."""
+    builder, leaves = _builder(lifted_SxE), len(tree.centres_LxD)
+    kept_as = _scann("scann_ops.py.scann_builder").ReorderType[tree.space.dtype.upper()]
+    builder.tree(leaves, leaves).score_ah(width).reorder(1, quantize=kept_as)
+    config = _parse(builder.create_config())
+    dimension = lifted_SxE.shape[1] - NORM_CODES
+    coding = config.hash.asymmetric_hash
+    blocks = [(dimension // width, width), (1, dimension % width), (NORM_CODES, 1)]
+    blocks = [(count, of_width) for count, of_width in blocks if count and of_width]
+    coding.projection.Clear()
+    coding.projection.projection_type = coding.projection.VARIABLE_CHUNK
+    coding.projection.input_dim = dimension + NORM_CODES
+    for count, of_width in blocks:
+        coding.projection.variable_blocks.add(num_blocks=count, num_dims_per_block=of_width)
+    # ScaNN's rule for one queue of candidates over all leaves, which is faster.
+    coding.use_global_topn = sum(count for count, _ in blocks) <= 256
+    return config.SerializeToString(deterministic=True)
 
 
 def _builder(lifted_SxE: np.ndarray) -> Any:
     # The number of neighbours, here and of leaves in a tree, is a default: each search names its own.
     builder = _scann("scann_ops.py.scann_ops_pybind").builder(lifted_SxE, 1, "dot_product")
     return builder.set_n_training_threads(1)
-
-
-def _ask_for_tree(builder: Any, leaves: int, samples: int) -> None:
-    builder.tree(
-        leaves,
-        leaves,
-        training_sample_size=samples,
-        training_iterations=_TRAINING_ITERATIONS,
-        random_init=False,
-    )
 
 
 def _built(builder: Any, what: str) -> dict[str, bytes]:
@@ -169,20 +198,18 @@ def _built(builder: Any, what: str) -> dict[str, bytes]:
             with _quiet():
                 builder.build().serialize(folder, relative_path=True)
         except (RuntimeError, ValueError) as error:
-            keys = f"{builder.db.shape[0]} keys of {builder.db.shape[1] - 1} dimensions"
+            keys = f"{builder.db.shape[0]} keys of {builder.db.shape[1]} dimensions"
             raise UserError(f"ScaNN refuses {keys} with {what}: {first_line(error)}") from error
         return {
             path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name in (_TREE, _BOOK)
         }
 
 
-def _config(text: str) -> bytes:
-    """ScaNN's binary configuration of its text."""
+def _parse(text: str) -> Any:
+    """ScaNN's configuration, of its text."""
     from google.protobuf import text_format
 
-    config = _scann("proto.scann_pb2").ScannConfig()
-    text_format.Parse(text, config)
-    return config.SerializeToString(deterministic=True)
+    return text_format.Parse(text, _scann("proto.scann_pb2").ScannConfig())
 
 
 def write_shard(
@@ -197,18 +224,18 @@ def write_shard(
       positions: rows of the shard.
       dimension: D.
     """
-    np.save(folder / SPACE, np.append(trained.space.mean_D, np.float32(trained.space.scale)))
+    np.save(folder / SPACE, trained.space.mean_D)
     (folder / FOLDER).mkdir()
     for name, data in trained.files.items():
         (folder / FOLDER / name).write_bytes(data)
     space = trained.space
     dataset, dtype = _DATASETS[space.dtype]
-    shapes = {dataset: ((positions, len(space.queries(space.mean_D[None])[0])), dtype)}
+    shapes = {dataset: ((positions, dimension + NORM_CODES), dtype)}
     if space.dtype == "int8":
         np.save(folder / FOLDER / _MULTIPLIERS, 1 / space.steps_E)
     if trained.codebook:
         shapes[_LEAVES] = ((positions,), "<i4")
-        shapes[_CODES] = ((positions, len(trained.codebook.codewords_Bx16xP)), "|u1")
+        shapes[_CODES] = ((positions, len(trained.codebook.codewords_Bx16xP) + NORM_CODES), "|u1")
     with contextlib.ExitStack() as stack:
         files = {}
         for name, (shape, dtype) in shapes.items():
@@ -217,7 +244,7 @@ def write_shard(
             np.lib.format.write_array_header_1_0(files[name], header)
         for block_RxD in blocks:
             lifted_RxE = space.keys(block_RxD)
-            files[dataset].write(np.ascontiguousarray(space.stored(lifted_RxE)).data)
+            files[dataset].write(space.stored(lifted_RxE).data)
             if trained.codebook:
                 leaves_R, codes_RxB = trained.codebook.encode(lifted_RxE)
                 files[_LEAVES].write(leaves_R.data)
@@ -257,9 +284,7 @@ class ScannShard:
         self._row_of_position = start + np.flatnonzero(valid)
         self._space, self._searcher = None, None
         if len(self._row_of_position):
-            space_E = np.load(path / SPACE, allow_pickle=False)
-            kept = (dtype for dtype, (name, _) in _DATASETS.items() if (path / FOLDER / name).is_file())
-            self._space = Space(space_E[:-1], float(space_E[-1]), next(kept, "float32"))
+            self._space = Space(np.load(path / SPACE, allow_pickle=False))
             try:
                 self._searcher = load(path / FOLDER)
             except (RuntimeError, ValueError) as error:

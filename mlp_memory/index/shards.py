@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from mlp_memory.artifacts import UserError
+from mlp_memory.index.codec import NORM_CODES
 from mlp_memory.index.config import REORDER_DTYPES, IndexConfig
 from mlp_memory.index.exact import Rows
 
@@ -41,9 +42,8 @@ def shard_count(rows: int, dimension: int, config: IndexConfig) -> int:
 
 def bytes_per_key(dimension: int, config: IndexConfig) -> int:
     """Bytes on disk, at most, of a key in a ScaNN shard: kept for reordering, coded, its leaf."""
-    columns = dimension + (1 if config.reorder_dtype == "float32" else 2)
-    codes = math.ceil(columns / (config.dimensions_per_block or 1))
-    return REORDER_DTYPES[config.reorder_dtype] * columns + codes + 4
+    codes = math.ceil(dimension / (config.dimensions_per_block or 1)) + NORM_CODES
+    return REORDER_DTYPES[config.reorder_dtype] * (dimension + NORM_CODES) + codes + 4
 
 
 def checked_blocks(keys: Rows, stream: Stream, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from mlp_memory.index.codec import NORM_CODES
 from mlp_memory.index.config import IndexConfig
 
 # Nanoseconds of one core per unit of work: non-negative least squares over 241 searches of ScaNN 1.4.2 on
@@ -51,7 +52,7 @@ def cost(structure: Structure, setting: Setting, rows: int, dimension: int) -> f
     """Microseconds of one core that a query takes in a shard of so many rows, by counted work."""
     if not structure.leaves:
         return 1e-3 * _NS_PER_KEY_VALUE * rows * dimension
-    codes = -(-(dimension + 1) // structure.dimensions_per_block)
+    codes = -(-dimension // structure.dimensions_per_block) + NORM_CODES
     scanned = rows * min(setting.leaves_to_search / structure.leaves, 1)
     return 1e-3 * (
         _NS_PER_CENTRE_VALUE * structure.leaves * dimension
@@ -77,15 +78,16 @@ def settings(
 ) -> list[Setting]:
     """The grid of searches of a shard, in steps of a quarter; k counts the row itself.
 
-    With `near`, candidates from half to four times its.
+    With `near`, candidates from half to four times its, and at least half its leaves.
     """
     if not structure.leaves:
         return [Setting(0, 0)]
     most = min(_MOST_REORDER_FACTOR * k, rows)
     reorders = [config.reorder] if config.reorder else _steps(min(k, rows), most)
+    searched = [config.leaves_to_search] if config.leaves_to_search else _steps(1, structure.leaves)
     if near is not None:
         reorders = [r for r in reorders if near.reorder / 2 <= r <= 4 * near.reorder] or reorders[-1:]
-    searched = [config.leaves_to_search] if config.leaves_to_search else _steps(1, structure.leaves)
+        searched = [s for s in searched if s >= near.leaves_to_search / 2] or searched[-1:]
     return [Setting(leaves, reorder) for reorder in reorders for leaves in searched]
 
 

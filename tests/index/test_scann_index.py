@@ -105,7 +105,7 @@ def test_shards_of_rounded_keys_are_smaller_and_near_the_truth(tmp_path, dtype, 
     assert index.leaves_to_search  # not by brute force, which keeps float32
     facts = peek(Directory(tmp_path / "index/shard-00000")).facts
     files = {name: n for name, n in facts["bytes"].items() if "dataset" in name and "hashed" not in name}
-    assert files == {f"scann/{dtype}_dataset.npy": stream.valid.sum() * (24 + 2) * size + 128}
+    assert files == {f"scann/{dtype}_dataset.npy": stream.valid.sum() * (24 + 8) * size + 128}
     asked = np.flatnonzero(stream.valid)
     found, sqdist = index.search(keys[asked], K + 1)
     true, _ = exact_search(keys, stream.valid, keys[asked], K + 1)
