@@ -430,7 +430,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=0, help="first rows only; 0 = all (300,000 synthetic)")
     parser.add_argument("--dimension", type=int, default=192, help="of synthetic keys")
     parser.add_argument("--k", type=int, default=1024)
-    parser.add_argument("--target-recall", type=float, default=0.95, help="index.target_recall")
+    parser.add_argument("--target-recall", type=float, default=0.96, help="index.target_recall")
     parser.add_argument("--queries", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = the median spread of distances")

@@ -35,7 +35,7 @@ class IndexConfig:
     leaves_to_search: int = 0
     dimensions_per_block: int = 0
     reorder: int = 0
-    target_recall: float = 0.95
+    target_recall: float = 0.96
     recall_sample: int = 1000
     sample_seed: int = 0
     approximate_recall: float = 0.0
