@@ -414,7 +414,7 @@ def plot(path: Path, result: dict[str, Any]) -> None:
         single = len(rows) == 1
         axes.plot(*zip(*best), marker="*" if single else ".", markersize=13 if single else 6, label=system)
     axes.set_yscale("log")
-    axes.set_xlim(left=0.7)
+    axes.set_xlim(left=0.85)
     axes.set_xlabel(f"recall@{result['k']}")
     axes.set_ylabel(f"queries per second, {result['threads']} threads")
     axes.set_title(f"N = {result['rows']:,}, d = {result['dimension']}", fontsize=10)
