@@ -414,7 +414,7 @@ def plot(path: Path, result: dict[str, Any]) -> None:
         single = len(rows) == 1
         axes.plot(*zip(*best), marker="*" if single else ".", markersize=13 if single else 6, label=system)
     axes.set_yscale("log")
-    axes.set_xlim(left=0.7)
+    axes.set_xlim(left=0.85)
     axes.set_xlabel(f"recall@{result['k']}")
     axes.set_ylabel(f"queries per second, {result['threads']} threads")
     axes.set_title(f"N = {result['rows']:,}, d = {result['dimension']}", fontsize=10)
@@ -430,7 +430,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=0, help="first rows only; 0 = all (300,000 synthetic)")
     parser.add_argument("--dimension", type=int, default=192, help="of synthetic keys")
     parser.add_argument("--k", type=int, default=1024)
-    parser.add_argument("--target-recall", type=float, default=0.95, help="index.target_recall")
+    parser.add_argument("--target-recall", type=float, default=0.96, help="index.target_recall")
     parser.add_argument("--queries", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = the median spread of distances")

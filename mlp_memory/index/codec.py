@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 NORM_CODES = 8
-_BLOCK_BYTES = 1 << 26
+_BLOCK_BYTES = 1 << 25
 _CODES = 127
 
 
@@ -165,7 +165,7 @@ def nearest_leaves(lifted_NxE: np.ndarray, centres_LxD: np.ndarray) -> np.ndarra
 
 
 def _blocks(lifted_NxE: np.ndarray, values_per_row: int) -> Iterator[tuple[slice, np.ndarray]]:
-    """Blocks of so many intermediate values a row, some 64 MiB; the last is filled up.
+    """Blocks of so many intermediate values a row, some 32 MiB; the last is filled up.
 
     One shape to compile, and a row's code does not depend on the rows around it.
     """

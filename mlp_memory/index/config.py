@@ -27,8 +27,8 @@ class IndexConfig:
         Rounded ones take a half or a quarter of disk and memory; their distances are the
         rounded keys'. Shards of few rows, searched by brute force, keep float32.
       target_recall: recall@k, less 1.96 standard errors, that the choices must reach on the sample.
-        The certificate's goals (retrieve.goal_recall, goal_tv) lie below, as what is missed by a
-        tree is near as often as far: at 0.95 total variation was 0.03 (docs/results.md).
+        A little above the certificate's goals, retrieve.goal_recall and goal_tv: at 0.963 total
+        variation to the exact teacher was 0.016 (docs/results.md).
       recall_sample: rows sampled to measure recall.
       sample_seed: seed of the samples.
       approximate_recall: with "exact", the recall goal of `jax.lax.approx_max_k`; 0 = none, all
@@ -43,7 +43,7 @@ class IndexConfig:
     dimensions_per_block: int = 0
     reorder: int = 0
     reorder_dtype: str = "float32"
-    target_recall: float = 0.97
+    target_recall: float = 0.96
     recall_sample: int = 1000
     sample_seed: int = 0
     approximate_recall: float = 0.0

@@ -11,7 +11,7 @@ from mlp_memory.index.codec import NORM_CODES
 from mlp_memory.index.config import REORDER_DTYPES, IndexConfig
 from mlp_memory.index.exact import Rows
 
-_READ_BYTES = 1 << 26
+_READ_BYTES = 1 << 25
 
 
 class Stream(Protocol):
@@ -47,7 +47,7 @@ def bytes_per_key(dimension: int, config: IndexConfig) -> int:
 
 
 def checked_blocks(keys: Rows, stream: Stream, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Rows start:stop of the keys, some 64 MiB at a time, float32, with the first row of each block.
+    """Rows start:stop of the keys, some 32 MiB at a time, float32, with the first row of each block.
 
     Raises:
       UserError: a key is not finite; says which, and of what document.
