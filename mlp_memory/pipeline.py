@@ -242,9 +242,9 @@ def _export(job: Job, directory: Directory) -> None:
         directory,
         manifest,
         models={
-            "decoder": job.decoder(),
-            "memory": job.memory(),
-            "joint": job.decoder("joint"),
+            "decoder": job.decoder,
+            "memory": job.memory,
+            "joint": lambda: job.decoder("joint"),
         },
         tap=dataclasses.asdict(job.embed_config.tap),
         tokenizer={**{name: imported.read(name) for name in imported.names()}, **vocabulary.files},
