@@ -16,7 +16,7 @@ from mlp_memory import pipeline
 from mlp_memory.artifacts import Directory, UserError, first_line
 from mlp_memory.config import Config
 from mlp_memory.corpus.config import PartConfig
-from mlp_memory.job import Job
+from mlp_memory.job import Job, is_there
 
 _SAVED = "config.gin"
 _PART = "part"
@@ -89,7 +89,8 @@ def _parser() -> argparse.ArgumentParser:
                 "--from",
                 dest="source",
                 metavar="DIR_OR_FILE",
-                help="Hugging Face folder, GGUF or llama2.c file (pretrained.source)",
+                help="a decoder (pretrained.source): Hugging Face folder, GGUF or llama2.c file; "
+                "or a memory's folder (pretrained.memory)",
             )
         if name == "generate":
             command.add_argument("--prompt", required=True, help="text to continue")
@@ -222,15 +223,16 @@ def _work(job: Job, stage: pipeline.Stage) -> None:
     from mlp_memory.workdir import exclusive, timed
 
     start_processes()
-    job.config.mesh.sizes(jax.device_count())  # an impossible mesh is told before any stage's work
+    # An impossible mesh, or a memory of another decoder, is told before any stage's work.
+    job.config.mesh.sizes(jax.device_count())
+    job.check_memory()
     if jax.process_index() > 0:  # the first process holds the lock and writes for all
         stage.work(job, job.workdir / stage.folder)
         return
     with exclusive(job.workdir):
         with timed(job.workdir, stage):
             stage.work(job, job.workdir / stage.folder)
-        if stage.folder != "memory" or stage.name != "import":  # that config's source is no decoder
-            job.workdir.write(_SAVED, gin.operative_config_str().encode())
+        job.workdir.write(_SAVED, gin.operative_config_str().encode())
 
 
 def _show_results(job: Job) -> None:
@@ -252,13 +254,20 @@ def _generate(args: argparse.Namespace, job: Job) -> None:
         print("\n" if args.model == "both" else "")
 
 
+def _setting(source: str) -> str:
+    """Which of the `pretrained` section's models this is; what is gone is taken to have been a decoder."""
+    from mlp_memory.interchange.source import open_source
+
+    return "memory" if is_there(source) and open_source(source).kind == "memory" else "source"
+
+
 def _dispatch(args: argparse.Namespace) -> None:
     if args.stage == "plan":
         _plan(args)
         return
     workdir = Directory(args.workdir)
     source = getattr(args, "source", None)
-    bindings = [*args.gin, *([f"pretrained.source = {source!r}"] if source else [])]
+    bindings = [*args.gin, *([f"pretrained.{_setting(source)} = {source!r}"] if source else [])]
     config = load_config(args.gin_file, bindings, workdir)
     job = Job(workdir, config)
     if args.dry_run:
@@ -275,7 +284,8 @@ def _dispatch(args: argparse.Namespace) -> None:
     elif args.stage == "generate":
         _generate(args, job)
     else:
-        stage = pipeline.import_stage(job) if args.stage == "import" else pipeline.find_stage(args.stage)
+        importing = args.stage == "import"
+        stage = pipeline.import_stage(job, source) if importing else pipeline.find_stage(args.stage)
         if stage.is_done(job):
             print(f"{stage.name}: done before, in {job.workdir / stage.folder}", file=sys.stderr)
         else:

@@ -1,6 +1,7 @@
 """What a config would make, without making it: every parameter's shape and the counts."""
 
 import math
+from typing import Any
 
 import jax
 from flax import nnx
@@ -9,6 +10,7 @@ from mlp_memory.config import Config
 from mlp_memory.corpus.config import CorpusConfig
 from mlp_memory.corpus.vocabulary import Vocabulary
 from mlp_memory.decoder.transformer import Decoder
+from mlp_memory.job import is_there
 from mlp_memory.memory.mlp import Memory
 
 
@@ -18,8 +20,9 @@ def shapes_table(config: Config) -> str:
     Raises:
       UserError: the mesh does not fit the devices, or the decoder the vocabulary.
     """
-    decoder = config.decoder.with_vocabulary(_vocab_size(config.corpus))
-    memory = config.memory.resolved(decoder.dim, decoder.vocab_size)
+    decoder = _imported(config.pretrained.source)
+    decoder = decoder or config.decoder.with_vocabulary(_vocab_size(config.corpus))
+    memory = _imported(config.pretrained.memory) or config.memory.resolved(decoder.dim, decoder.vocab_size)
     sizes = config.mesh.sizes(jax.device_count())
     lines = [f"# mesh slice, data, fsdp, tensor = {sizes} over {jax.device_count()} device(s)"]
     for name, make in (
@@ -34,18 +37,29 @@ def shapes_table(config: Config) -> str:
             axes = ", ".join(variable.get_metadata()["logical_axes"])
             lines.append(f"# {name}.{'.'.join(map(str, path)):<36} {shape!s:<22} {axes}")
         lines.append(f"# {name}: {total:,} parameters")
-    steps = config.pretrain
-    lines.append(
-        f"# pretrain: {steps.steps:,} steps of {steps.batch_size} x {steps.context} = "
-        f"{steps.steps * steps.batch_size * steps.context:,} tokens"
-    )
-    lines.append(
-        f"# distill: {config.distill.steps:,} steps of {config.distill.batch_size} x "
-        f"{config.distill.block_rows} = "
-        f"{config.distill.steps * config.distill.batch_size * config.distill.block_rows:,} rows, "
-        f"teacher of k = {config.retrieve.k}, {config.retrieve.top_m} tokens a row"
-    )
+    if not config.pretrained.source or config.pretrained.finetune:
+        steps = config.pretrain
+        lines.append(
+            f"# pretrain: {steps.steps:,} steps of {steps.batch_size} x {steps.context} = "
+            f"{steps.steps * steps.batch_size * steps.context:,} tokens"
+        )
+    if not config.pretrained.memory:
+        lines.append(
+            f"# distill: {config.distill.steps:,} steps of {config.distill.batch_size} x "
+            f"{config.distill.block_rows} = "
+            f"{config.distill.steps * config.distill.batch_size * config.distill.block_rows:,} rows, "
+            f"teacher of k = {config.retrieve.k}, {config.retrieve.top_m} tokens a row"
+        )
     return "\n".join(lines)
+
+
+def _imported(location: str) -> Any:
+    """The shape of a model from elsewhere; None where it is not on this machine."""
+    if "://" in location or not location or not is_there(location):
+        return None
+    from mlp_memory.interchange.source import open_source
+
+    return open_source(location).config
 
 
 def _vocab_size(config: CorpusConfig) -> int:

@@ -38,6 +38,9 @@ MADE_BY = {
 }
 """Folder under the workdir -> the stage that makes it."""
 
+IMPORTED = {"source": "decoder", "memory": "memory"}
+"""Setting in the `pretrained` section -> the kind of model it names, and its folder."""
+
 TOKENIZER = "tokenizer"
 """The folder of an imported decoder that holds its tokenizer's files."""
 
@@ -88,16 +91,19 @@ class Job:
     def made_by(self, folder: str) -> str:
         """The stage that makes a folder under this config."""
         pretrained = self.config.pretrained
+        if folder == "memory" and pretrained.memory:
+            return "import_memory"
         imported = folder == "decoder" and pretrained.source and not pretrained.finetune
         return "import" if imported else MADE_BY[folder]
 
     @functools.cached_property
     def embed_config(self) -> EmbedConfig:
-        """How rows are read: as the datastore's were.
+        """How rows are read: as the datastore's were, or as an imported memory wants them.
 
         Raises:
           UserError: the config says otherwise.
         """
+        self.check_memory()
         if artifacts.peek(self.workdir / "datastore"):
             wanted = Manifest("datastore", {"embed": config_dict(self.config.embed)}, {})
             artifacts.require_same(self.workdir / "datastore", self.manifest("datastore"), wanted)
@@ -111,19 +117,58 @@ class Job:
 
     @functools.cached_property
     def source(self) -> "Source":
-        """The model that `pretrained.source` names, checked from its headers.
+        """The decoder that `pretrained.source` names, checked from its headers.
 
         Raises:
-          UserError: it cannot be read.
+          UserError: it cannot be read, or is no decoder.
         """
+        return self._open("source")
+
+    @functools.cached_property
+    def memory_source(self) -> "Source":
+        """The memory that `pretrained.memory` names, checked from its headers.
+
+        Raises:
+          UserError: it cannot be read, or is no memory.
+        """
+        return self._open("memory")
+
+    def _open(self, name: str) -> "Source":
         from mlp_memory.interchange.source import open_source
 
-        return open_source(self.config.pretrained.source)
+        location, kind = getattr(self.config.pretrained, name), IMPORTED[name]
+        if not location:
+            raise UserError(f"pretrained.{name} is not set: give the {kind} to import")
+        found = open_source(location)
+        if found.kind != kind:
+            other = next(other for other in IMPORTED if other != name)
+            where = f"pretrained.{name}: {location}"
+            raise UserError(f"{where} is a {found.kind}, not a {kind}: give it as pretrained.{other}")
+        return found
 
-    @property
-    def source_is_memory(self) -> bool:
-        """Whether `pretrained.source` is a memory; what is gone is taken to have been a decoder."""
-        return is_there(self.config.pretrained.source) and self.source.kind == "memory"
+    def check_memory(self) -> None:
+        """Raises `UserError` where the memory that `pretrained.memory` names does not fit the decoder."""
+        if not self.config.pretrained.memory:
+            return
+        from mlp_memory.interchange.importing import check_memory, memory_facts
+
+        made = artifacts.peek(self.workdir / "memory")
+        if made is not None and made.finished:
+            shape, tap = MemoryConfig(**made.facts["model"]), made.facts.get("tap")
+        else:
+            shape, tap = self.memory_source.config, memory_facts(self.memory_source).get("tap")
+        if (decoder := self._known_decoder()) is not None:
+            where = f"pretrained.memory: {self.config.pretrained.memory}"
+            check_memory(where, shape, tap, decoder, self.config.embed.tap)
+
+    def _known_decoder(self) -> DecoderConfig | None:
+        """The decoder's shape as far as it can be known before it is made."""
+        made = artifacts.peek(self.workdir / "decoder")
+        if made is not None and made.finished:
+            return DecoderConfig(**made.facts["model"])
+        if self.config.pretrained.source:
+            return self.source.config
+        return self.decoder_config if artifacts.peek(self.workdir / "corpus/train") else None
 
     @functools.cached_property
     def decoder_config(self) -> DecoderConfig:
@@ -135,9 +180,7 @@ class Job:
         vocab_size = self.manifest("corpus/train").facts["vocab_size"]
         if not self.config.pretrained.source:
             return self.config.decoder.with_vocabulary(vocab_size)
-        made = artifacts.peek(self.workdir / "decoder")
-        finished = made is not None and made.finished
-        shape = DecoderConfig(**made.facts["model"]) if finished else self.source.config
+        shape = self._known_decoder()
         if shape.vocab_size < vocab_size:
             raise UserError(
                 f"{self.config.pretrained.source} has {shape.vocab_size} token embeddings, the corpus "
@@ -147,19 +190,23 @@ class Job:
         self.config.check_decoder(shape)
         return shape
 
-    def pretrained_settings(self) -> dict[str, Any]:
-        """What of an imported model decides the decoder's bytes; {} where there is none.
+    def pretrained_settings(self, name: str = "source") -> dict[str, Any]:
+        """What of an imported model decides the artifact's bytes; {} where there is none.
 
         A model that is gone once it has been imported is taken to be the one that was.
+
+        Args:
+          name: "source" or "memory".
         """
-        config = self.config.pretrained
-        if not config.source:
+        location = getattr(self.config.pretrained, name)
+        if not location:
             return {}
-        if not is_there(config.source):
-            made = artifacts.peek(self.workdir / "decoder")
+        if not is_there(location):
+            made = artifacts.peek(self.workdir / IMPORTED[name])
             if made is not None and made.finished:
                 return {"pretrained": made.config.get("pretrained")}
-        return {"pretrained": {"identity": self.source.identity, "dtype": config.dtype}}
+        source = self.source if name == "source" else self.memory_source
+        return {"pretrained": {"identity": source.identity, "dtype": self.config.pretrained.dtype}}
 
     @functools.cached_property
     def tokenizer(self) -> dict[str, bytes] | None:
@@ -213,10 +260,10 @@ class Job:
         return load_decoder(self.workdir / folder, self.made_by(folder), self.mesh)
 
     def memory(self) -> "tuple[Memory, Manifest]":
-        """The distilled memory."""
+        """The memory."""
         from mlp_memory.memory.distill import load_memory
 
-        return load_memory(self.workdir / "memory", self.mesh)
+        return load_memory(self.workdir / "memory", self.mesh, self.made_by("memory"))
 
     def row_reader(self, stage: str = "pretrain") -> "RowReader":
         """Reads rows through the decoder of a stage as the datastore's rows are read."""

@@ -17,7 +17,9 @@ from mlp_memory.job import TOKENIZER, Job
 
 if TYPE_CHECKING:
     from mlp_memory.datastore import embed as embedding
-    from mlp_memory.evaluation.score import Systems
+    from mlp_memory.decoder.score import RowReader
+    from mlp_memory.evaluation.score import Neighbors, Systems
+    from mlp_memory.interchange.source import Source
     from mlp_memory.targets.units import Inputs
 
 
@@ -94,26 +96,29 @@ def _pretrain(job: Job, directory: Directory) -> None:
 
 
 def _import(job: Job, directory: Directory) -> None:
+    if artifacts.peek(job.workdir / "corpus/train") is not None:
+        _ = job.decoder_config  # a vocabulary that does not fit is told before anything is read
+    _publish_imported("import", job.source, job, directory)
+
+
+def _import_memory(job: Job, directory: Directory) -> None:
+    _publish_imported("import_memory", job.memory_source, job, directory)
+
+
+def _publish_imported(stage: str, source: "Source", job: Job, directory: Directory) -> None:
     from mlp_memory.interchange.importing import import_model
 
-    if job.source.kind == "memory" and directory.location == (job.workdir / "decoder").location:
-        raise UserError(
-            f"pretrained.source: {job.source.where} is a memory, not a decoder: import it by `import --from`"
-        )
-    if job.source.kind == "decoder" and artifacts.peek(job.workdir / "corpus/train") is not None:
-        _ = job.decoder_config  # a vocabulary that does not fit is told before anything is read
-    manifest = _begin("import", job.source.kind, job, directory)
-    import_model(
-        directory, manifest, job.source, job.mesh, job.config.pretrained.dtype, directory / TOKENIZER
-    )
+    manifest = _begin(stage, source.kind, job, directory)
+    import_model(directory, manifest, source, job.mesh, job.config.pretrained.dtype, directory / TOKENIZER)
 
 
-def import_stage(job: Job) -> Stage:
-    """The import stage for the kind of model that `pretrained.source` is."""
-    stage = find_stage("import")
-    if not job.config.pretrained.source:
-        raise UserError("import: nothing to import, give --from=DIR_OR_FILE or pretrained.source")
-    return dataclasses.replace(stage, folder="memory") if job.source_is_memory else stage
+def import_stage(job: Job, location: str | None) -> Stage:
+    """The stage that imports the model at `location`, or the one that the config names."""
+    pretrained = job.config.pretrained
+    for name, named in (("import", pretrained.source), ("import_memory", pretrained.memory)):
+        if named and location in (None, named):
+            return find_stage(name)
+    raise UserError("import: nothing to import, give --from=DIR_OR_FILE or pretrained.source")
 
 
 def _embed(job: Job, directory: Directory) -> None:
@@ -213,9 +218,9 @@ def _evaluate(job: Job, directory: Directory) -> None:
     from mlp_memory.training.metrics import read_metrics
 
     manifest = _begin("evaluate", "report", job, directory)
-    trained = {"pretrain": "decoder", "distill": "memory", "joint": "joint"}
-    if _wants_baseline(job.config):
-        trained["baseline"] = "baseline"
+    trained = {"pretrain": "decoder", "distill": "memory"}
+    trained |= {name: name for name in ("joint", "baseline") if find_stage(name).wanted(job.config)}
+    distilled = _distills(job.config)
     facts = {name: job.manifest(folder).facts for name, folder in trained.items()}
     corpora = {split: job.stream(split) for split in ("validation", "test", "train")}
     certificate = (job.workdir / "targets").read(CERTIFICATE)
@@ -228,8 +233,8 @@ def _evaluate(job: Job, directory: Directory) -> None:
             vocabulary=Vocabulary.load(job.workdir / "corpus/vocabulary"),
             systems=functools.cache(lambda: _systems(job)),
             embed=job.embed_config,
-            targets=job.manifest("targets").facts,
-            index=job.manifest("index").facts,
+            targets=job.manifest("targets").facts if distilled else None,
+            index=job.manifest("index").facts if distilled else None,
             trained=facts,
             curves={name: read_metrics(job.workdir / folder) for name, folder in trained.items()},
             settings=config_json(job.config),
@@ -242,17 +247,29 @@ def _evaluate(job: Job, directory: Directory) -> None:
 def _systems(job: Job) -> "Systems":
     """Everything that evaluation compares, loaded."""
     from mlp_memory.evaluation.score import Systems
+
+    def reader(stage: str) -> "RowReader | None":
+        return job.row_reader(stage) if find_stage(stage).wanted(job.config) else None
+
+    return Systems(
+        decoder=job.decoder()[0],
+        base=job.row_reader(),
+        joint=reader("joint"),
+        baseline=reader("baseline"),
+        memory=job.memory()[0],
+        neighbors=_neighbors(job) if _distills(job.config) else None,
+        mesh=job.mesh,
+    )
+
+
+def _neighbors(job: Job) -> "Neighbors":
+    from mlp_memory.evaluation.score import Neighbors
     from mlp_memory.evaluation.stage import temperatures
     from mlp_memory.index.search import open_index
 
     train, targets = job.stream("train"), job.manifest("targets").facts
     keys, valid_N = job.keys(), train.has_next(0, len(train))
-    return Systems(
-        decoder=job.decoder()[0],
-        base=job.row_reader(),
-        joint=job.row_reader("joint"),
-        baseline=job.row_reader("baseline") if _wants_baseline(job.config) else None,
-        memory=job.memory()[0],
+    return Neighbors(
         keys=keys,
         valid_N=valid_N,
         labels_N=train.labels(0, len(train)),
@@ -268,14 +285,13 @@ def _export(job: Job, directory: Directory) -> None:
 
     manifest, vocabulary = _begin("export", "export", job, directory), job.vocabulary()
     imported = job.workdir / "decoder" / TOKENIZER
+    models = {"decoder": job.decoder, "memory": job.memory}
+    if find_stage("joint").wanted(job.config):
+        models["joint"] = lambda: job.decoder("joint")
     export(
         directory,
         manifest,
-        models={
-            "decoder": job.decoder(),
-            "memory": job.memory(),
-            "joint": job.decoder("joint"),
-        },
+        models=models,
         tap=dataclasses.asdict(job.embed_config.tap),
         tokenizer={**{name: imported.read(name) for name in imported.names()}, **vocabulary.files},
         special={"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos},
@@ -304,13 +320,37 @@ def _distill_settings(job: Job) -> dict[str, Any]:
     return {"memory": config_dict(job.memory_config), "distill": config_dict(job.config.distill)}
 
 
+def _joint_settings(job: Job) -> dict[str, Any]:
+    return {"joint": config_dict(job.config.joint), **_read_settings(job)}
+
+
+def _evaluate_settings(job: Job) -> dict[str, Any]:
+    return {"evaluate": config_dict(job.config.evaluate), **_read_settings(job)}
+
+
+def _read_settings(job: Job) -> dict[str, Any]:
+    """How rows are read, where no datastore among the ancestors says so."""
+    return {} if _distills(job.config) else {"embed": config_dict(job.config.embed)}
+
+
+def _distills(config: Config) -> bool:
+    """Whether the memory is made here, from a datastore, rather than imported."""
+    return not config.pretrained.memory
+
+
 def _wants_baseline(config: Config) -> bool:
-    return config.baseline.enabled and not config.pretrained.source
+    return config.baseline.enabled and not config.pretrained.source and _distills(config)
 
 
 def _evaluate_parents(config: Config) -> tuple[str, ...]:
-    parents = ("corpus/validation", "corpus/test", "decoder", "index", "targets", "memory", "joint")
-    return (*parents, "baseline") if _wants_baseline(config) else parents
+    parents = ["corpus/validation", "corpus/test", "decoder", "memory"]
+    parents += ["index", "targets", "joint"] if _distills(config) else []
+    parents += ["baseline"] if _wants_baseline(config) else []
+    return tuple(parents)
+
+
+def _export_parents(config: Config) -> tuple[str, ...]:
+    return ("corpus/vocabulary", "decoder", "memory", *(("joint",) if _distills(config) else ()))
 
 
 def _from(*names: str) -> Callable[[Config], tuple[str, ...]]:
@@ -330,11 +370,20 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "import",
         "decoder",
-        "a pretrained decoder (or memory) from elsewhere",
+        "a pretrained decoder from elsewhere",
         lambda job: job.pretrained_settings(),
         _from(),
         _import,
         wanted=lambda config: bool(config.pretrained.source) and not config.pretrained.finetune,
+    ),
+    Stage(
+        "import_memory",
+        "memory",
+        "a memory from elsewhere",
+        lambda job: job.pretrained_settings("memory"),
+        _from(),
+        _import_memory,
+        wanted=lambda config: bool(config.pretrained.memory),
     ),
     Stage(
         "pretrain",
@@ -352,6 +401,7 @@ STAGES: tuple[Stage, ...] = (
         lambda job: {"embed": config_dict(job.config.embed)},
         _from("corpus/train", "decoder"),
         _embed,
+        wanted=_distills,
     ),
     Stage(
         "index",
@@ -360,6 +410,7 @@ STAGES: tuple[Stage, ...] = (
         lambda job: {**config_dict(job.config.index), "k": job.config.retrieve.k},
         _from("datastore"),
         _index,
+        wanted=_distills,
     ),
     Stage(
         "retrieve",
@@ -368,6 +419,7 @@ STAGES: tuple[Stage, ...] = (
         lambda job: config_dict(job.config.retrieve),
         _from("corpus/train", "corpus/validation", "corpus/test", "datastore", "index"),
         _retrieve,
+        wanted=_distills,
     ),
     Stage(
         "distill",
@@ -376,14 +428,16 @@ STAGES: tuple[Stage, ...] = (
         _distill_settings,
         _from("corpus/train", "corpus/validation", "datastore", "targets"),
         _distill,
+        wanted=_distills,
     ),
     Stage(
         "joint",
         "joint",
         "train the decoder on, memory frozen",
-        lambda job: {"joint": config_dict(job.config.joint)},
+        _joint_settings,
         _from("corpus/train", "corpus/validation", "decoder", "memory"),
         _joint,
+        wanted=_distills,
     ),
     Stage(
         "baseline",
@@ -398,7 +452,7 @@ STAGES: tuple[Stage, ...] = (
         "evaluate",
         "reports",
         "held-out perplexity, results.json, index.html",
-        lambda job: {"evaluate": config_dict(job.config.evaluate)},
+        _evaluate_settings,
         _evaluate_parents,
         _evaluate,
     ),
@@ -407,7 +461,7 @@ STAGES: tuple[Stage, ...] = (
         "export",
         "decoder, memory and joint decoder as safetensors",
         lambda job: {},
-        _from("corpus/vocabulary", "decoder", "memory", "joint"),
+        _export_parents,
         _export,
     ),
 )

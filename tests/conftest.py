@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from mlp_memory.artifacts import ArraySpec, ChunkWriter, Directory, begin
 from mlp_memory.corpus.stream import BOUNDS_NAME, KIND, TokenStream
 from mlp_memory.decoder.config import DecoderConfig
 from mlp_memory.decoder.transformer import Decoder
+from mlp_memory.interchange.export import export_model
+from mlp_memory.memory.config import MemoryConfig
+from mlp_memory.memory.mlp import Memory
 from mlp_memory.parallel.config import MeshConfig
 from mlp_memory.parallel.mesh import make_mesh
 
@@ -210,3 +214,36 @@ def training_inputs(make_stream, write_arrays, tmp_path: Path, rng: np.random.Ge
         probs=(probs / probs.sum(1, keepdims=True)).astype(np.float16),
     )
     return tmp_path / "inputs"
+
+
+@pytest.fixture
+def files_of():
+    """folder -> its files' bytes by name, less Orbax's, whose names are random."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        found = [path for path in folder.rglob("*") if path.is_file() and "model" not in path.parts]
+        return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+    return read
+
+
+@pytest.fixture
+def model_folders(make_decoder, randomize, tmp_path: Path) -> Path:
+    """A folder of models as `export` leaves them: two decoders, one in bfloat16, and two memories."""
+    models = {
+        "llama": make_decoder(
+            DecoderConfig(layers=3, dim=16, heads=4, kv_heads=2, ffn_dim=24, vocab_size=42, tied=True)
+        ),
+        "gpt2": make_decoder(dataclasses.replace(DECODERS["gpt2"], dim=24, heads=4, vocab_size=42)),
+        "llama_memory": randomize(
+            lambda: Memory(MemoryConfig("llama", 2, 16, 24, 0.0, 1e-6, 24, 42), nnx.Rngs(0))
+        ),
+        "gpt2_memory": randomize(
+            lambda: Memory(MemoryConfig("gpt2", 2, 16, 24, 0.0, 1e-5, 16, 42), nnx.Rngs(0))
+        ),
+    }
+    graphdef, state = nnx.split(models["gpt2"])
+    models["gpt2"] = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state))
+    for name, model in models.items():
+        export_model(Directory(tmp_path / "models" / name), model, {}, {"tokenizer.model": b"any"}, {})
+    return tmp_path / "models"

@@ -28,7 +28,7 @@ def summarize(
     k: int,
     bootstrap: int,
 ) -> dict[str, Any]:
-    """Perplexities of every system on every split, λ and τ chosen on "validation".
+    """Perplexities of every system that was scored, on every split; λ and τ chosen on "validation".
 
     Args:
       splits: per split the arrays of `score.score_split`, nats, one row per scored token.
@@ -60,13 +60,10 @@ def summarize(
                 )
                 for name, n in nll.items()
             },
-            "gain_recovered": {
-                "of": "knn_lm_exact",
-                "share": gain_recovered(
-                    nll["base"].mean(), nll["knn_lm_exact"].mean(), nll["base_plus_memory"].mean()
-                ),
-            },
         }
+        if "knn_lm_exact" in nll:
+            means = (nll[name].mean() for name in ("base", "knn_lm_exact", "base_plus_memory"))
+            results[split]["gain_recovered"] = {"of": "knn_lm_exact", "share": gain_recovered(*means)}
     return results
 
 

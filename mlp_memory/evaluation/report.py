@@ -74,6 +74,7 @@ def report_html(
 ) -> str:
     """The page as text; see `write_report`."""
     verdict, sentences = headline(results, split)
+    systems = split_figures(results, split)["perplexity"]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(Path(__file__).with_name("report.html").read_text("utf-8"))
     lambda_curves = (results.get("lambda_curves") or {}).get("validation") or {}
@@ -81,6 +82,7 @@ def report_html(
         verdict=verdict,
         sentences=sentences,
         split=split,
+        with_neighbors=any(system.startswith("knn") for system in systems),
         headings=headings(split),
         rows=table_rows(results, split),
         validation_rows=table_rows(results, "validation") if "validation" in results else [],

@@ -19,7 +19,7 @@ def sample_predictions(
     rows: np.ndarray,
     predictor: Predictor,
     systems: Systems,
-    tau: float,
+    tau: float | None,
     vocabulary: Vocabulary,
 ) -> list[dict[str, Any]]:
     """The most likely next tokens under each system at the given rows.
@@ -28,7 +28,7 @@ def sample_predictions(
       stream: a held-out split.
       rows: rows of it that have a next token.
       predictor: decoder and memory at the chosen λ.
-      systems: for the exact teacher.
+      systems: for the exact teacher, where there are neighbours.
       tau: the teacher's temperature.
       vocabulary: names tokens.
     """
@@ -36,31 +36,38 @@ def sample_predictions(
 
 
 def _sample(
-    stream: TokenStream, row: int, predictor: Predictor, systems: Systems, tau: float, vocabulary: Vocabulary
+    stream: TokenStream,
+    row: int,
+    predictor: Predictor,
+    systems: Systems,
+    tau: float | None,
+    vocabulary: Vocabulary,
 ) -> dict[str, Any]:
     document = int(stream.document_ids(row, row + 1)[0])
     first = max(int(stream.bounds_D1[document]), row + 1 - predictor.context)
     tokens = stream.tokens[first : row + 1].astype(int).tolist()
     said = predictor(tokens)
-    tap, _ = systems.base.taps_and_log_probs(stream, [(row, row + 1)])
-    rows_1xk, sqdist_1xk = systems.exact(systems.keys.queries(tap), systems.k)
-    teacher = knn_distribution(rows_1xk, sqdist_1xk, systems.labels_N[rows_1xk], tau, _TOP)
 
     def top(log_prob_V: np.ndarray) -> list[list[Any]]:
         order = np.argsort(-log_prob_V, kind="stable")[:_TOP]
         return [[vocabulary.piece(int(t)), float(np.exp(log_prob_V[t]))] for t in order]
 
-    kept = float(teacher.kept_mass_Q[0])
-    return {
+    sample = {
         "row": row,
         "context": vocabulary.decode(tokens[-_SHOWN_TOKENS:]),
         "next": vocabulary.piece(int(stream.labels(row, row + 1)[0])),
         "base": top(said.base_V),
         "memory": top(said.memory_V),
         "mixture": top(said.mixture_V),
-        "teacher": [
+    }
+    if (neighbors := systems.neighbors) is not None:
+        tap, _ = systems.base.taps_and_log_probs(stream, [(row, row + 1)])
+        rows_1xk, sqdist_1xk = neighbors.exact(neighbors.keys.queries(tap), neighbors.k)
+        teacher = knn_distribution(rows_1xk, sqdist_1xk, neighbors.labels_N[rows_1xk], tau, _TOP)
+        kept = float(teacher.kept_mass_Q[0])
+        sample["teacher"] = [
             [vocabulary.piece(int(t)), float(p) * kept]
             for t, p in zip(teacher.token_ids_QxM[0], teacher.probs_QxM[0])
             if p > 0
-        ],
-    }
+        ]
+    return sample

@@ -30,25 +30,17 @@ _FLOOR = -1e4
 
 
 @dataclasses.dataclass(frozen=True)
-class Systems:
-    """What is compared.
+class Neighbors:
+    """kNN-LM's part of what is compared.
 
     Attributes:
-      base, joint, baseline: readers of the decoders; the last may be None.
-      decoder: the base model itself, for samples.
-      memory: read with the taps of base and of joint.
       keys, valid_N, labels_N: the datastore, its rows with a next token, and those tokens.
       scann: approximate search.
-      k: neighbours of kNN-LM.
-      temperatures: τ grid of kNN-LM.
-      mesh: devices.
+      k: neighbours.
+      temperatures: τ grid.
+      mesh: devices of exact search.
     """
 
-    decoder: Decoder
-    base: RowReader
-    joint: RowReader
-    baseline: RowReader | None
-    memory: Memory
     keys: KeyStore
     valid_N: np.ndarray
     labels_N: np.ndarray
@@ -61,22 +53,46 @@ class Systems:
         """Exact search over the datastore, queries in its searched space."""
         return exact_search(self.keys, self.valid_N, queries_QxD, k, self.mesh)
 
-    def predictor(self, weight: float, embed: EmbedConfig) -> Predictor:
-        """Base and memory at one λ, over the whole vocabulary."""
-        return Predictor(self.decoder, self.memory, weight, embed.tap, embed.context)
-
-    def knn(self, search: Search, taps_QxD: np.ndarray, next_Q: np.ndarray) -> np.ndarray:
+    def log_prob(self, search: Search, taps_QxD: np.ndarray, next_Q: np.ndarray) -> np.ndarray:
         """log p_kNN(next token), [Q, temperatures]."""
         rows_Qxk, sqdist_Qxk = search(self.keys.queries(taps_QxD), self.k)
         found = knn_log_prob(rows_Qxk, sqdist_Qxk, self.labels_N[rows_Qxk], self.temperatures, next_Q)
         return np.maximum(found, _FLOOR).T
 
 
-def arrays_of(num_temperatures: int, baseline: bool, rows: int, chunk_rows: int) -> dict[str, ArraySpec]:
-    """The arrays of a scored split; kNN-LM has one column per temperature."""
-    names = ("base", "base_memory", "joint", "joint_memory")
+@dataclasses.dataclass(frozen=True)
+class Systems:
+    """What is compared; what there is none of is None.
+
+    Attributes:
+      base, joint, baseline: readers of the decoders.
+      decoder: the base model itself, for samples.
+      memory: read with the taps of base and of joint.
+      neighbors: kNN-LM's datastore and searches.
+      mesh: devices.
+    """
+
+    decoder: Decoder
+    base: RowReader
+    joint: RowReader | None
+    baseline: RowReader | None
+    memory: Memory
+    neighbors: Neighbors | None
+    mesh: Mesh
+
+    def predictor(self, weight: float, embed: EmbedConfig) -> Predictor:
+        """Base and memory at one λ, over the whole vocabulary."""
+        return Predictor(self.decoder, self.memory, weight, embed.tap, embed.context)
+
+
+def arrays_of(
+    num_temperatures: int, joint: bool, baseline: bool, rows: int, chunk_rows: int
+) -> dict[str, ArraySpec]:
+    """The arrays of a scored split; kNN-LM has one column per temperature, and none without."""
+    names = ["base", "base_memory", *(("joint", "joint_memory") if joint else ())]
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (rows,))
-    shapes |= dict.fromkeys(("knn_lm_exact", "knn_lm_scann"), (rows, num_temperatures))
+    if num_temperatures:
+        shapes |= dict.fromkeys(("knn_lm_exact", "knn_lm_scann"), (rows, num_temperatures))
     if baseline:
         shapes["decoder_equal_params"] = (rows,)
     return {name: ArraySpec(shape, "float32", chunk_rows) for name, shape in shapes.items()}
@@ -131,11 +147,13 @@ def _score_rows(
     taps, log_prob = systems.base.taps_and_log_probs(stream, ranges)
     found["base"], taps = log_prob[scored], taps[scored]
     found["base_memory"] = memory_log_probs(systems.memory, taps, next_N, systems.mesh)
-    found["knn_lm_exact"] = systems.knn(systems.exact, taps, next_N)
-    found["knn_lm_scann"] = systems.knn(systems.scann, taps, next_N)
-    taps, log_prob = systems.joint.taps_and_log_probs(stream, ranges)
-    found["joint"] = log_prob[scored]
-    found["joint_memory"] = memory_log_probs(systems.memory, taps[scored], next_N, systems.mesh)
+    if (neighbors := systems.neighbors) is not None:
+        found["knn_lm_exact"] = neighbors.log_prob(neighbors.exact, taps, next_N)
+        found["knn_lm_scann"] = neighbors.log_prob(neighbors.scann, taps, next_N)
+    if systems.joint is not None:
+        taps, log_prob = systems.joint.taps_and_log_probs(stream, ranges)
+        found["joint"] = log_prob[scored]
+        found["joint_memory"] = memory_log_probs(systems.memory, taps[scored], next_N, systems.mesh)
     if systems.baseline is not None:
         _, log_prob = systems.baseline.taps_and_log_probs(stream, ranges)
         found["decoder_equal_params"] = log_prob[scored]

@@ -29,8 +29,8 @@ class Inputs:
       vocabulary: names tokens.
       systems: loads every model; called only if rows are still to be scored or sampled.
       embed: how rows are read.
-      targets, index: facts of these artifacts.
-      trained: facts of each training, by stage; "baseline" may be absent.
+      targets, index: facts of these artifacts; None where kNN-LM is not compared.
+      trained: facts of each model, by the stage that trains one; "joint" and "baseline" may be absent.
       curves: metrics of each training, by stage.
       settings: the resolved config, for the record.
       corpus: facts of each split.
@@ -42,8 +42,8 @@ class Inputs:
     vocabulary: Vocabulary
     systems: Callable[[], Systems]
     embed: EmbedConfig
-    targets: dict[str, Any]
-    index: dict[str, Any]
+    targets: dict[str, Any] | None
+    index: dict[str, Any] | None
     trained: dict[str, dict[str, Any]]
     curves: dict[str, list[dict[str, Any]]]
     settings: dict[str, Any]
@@ -58,12 +58,13 @@ def temperatures(targets: dict[str, Any]) -> tuple[float, ...]:
 
 def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[str, Any]:
     """Writes WORKDIR/reports and returns what results.json holds."""
-    config, grid = inputs.config, temperatures(inputs.targets)
+    config, targets, trained = inputs.config, inputs.targets, inputs.trained
+    grid, k = (temperatures(targets), targets["k"]) if targets else ((), 0)
     scored, documents, words = {}, {}, {}
     for split, stream in inputs.streams.items():
         ranges = spread(len(stream), config.max_rows)
         rows = sum(stop - start for start, stop in ranges)
-        arrays = arrays_of(len(grid), "baseline" in inputs.trained, rows, config.chunk_rows)
+        arrays = arrays_of(len(grid), "joint" in trained, "baseline" in trained, rows, config.chunk_rows)
         scored[split] = score_split(
             directory / f"rows/{split}",
             split,
@@ -76,10 +77,9 @@ def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[s
         )
         documents[split] = read(stream.document_ids, ranges)[read(stream.has_next, ranges)]
         words[split] = words_of(stream, len(documents[split]))
-    results = summarize(scored, documents, words, grid, inputs.targets["k"], config.bootstrap)
+    results = summarize(scored, documents, words, grid, k, config.bootstrap)
     for split, stream in inputs.streams.items():
         results[split]["word_count"] = stream.word_count
-    trained = inputs.trained
     names = {"base": "pretrain", "memory": "distill", "joint": "joint", "decoder_equal_params": "baseline"}
     results |= {
         "schema": 1,
@@ -89,13 +89,14 @@ def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[s
         "training_flops": {
             n: trained[s]["train_flops"] for n, s in names.items() if "train_flops" in trained.get(s, {})
         },
-        "recall": {"k": inputs.index["recall_k"], "value": inputs.index["recall"]},
-        "teacher": {name: value for name, value in inputs.targets.items() if name != "temperature_choice"},
-        "certificate": inputs.certificate,
         "samples": _samples(inputs, results),
         "config": inputs.settings,
         "corpus": inputs.corpus,
     }
+    if targets and inputs.index:
+        results["recall"] = {"k": inputs.index["recall_k"], "value": inputs.index["recall"]}
+        results["teacher"] = {name: value for name, value in targets.items() if name != "temperature_choice"}
+        results["certificate"] = inputs.certificate
     directory.write("results.json", artifacts.canonical_json(results).encode())
     write_report(directory, results, inputs.curves)
     artifacts.finish(directory, manifest)
@@ -119,7 +120,7 @@ def _samples(inputs: Inputs, results: dict[str, Any]) -> list[dict[str, Any]]:
     systems, stream = inputs.systems(), inputs.streams["test"]
     details = results["test"]["details"]
     predictor = systems.predictor(details["base_plus_memory"]["lambda"], inputs.embed)
-    tau = details["knn_lm_exact"]["tau"]
+    tau = details["knn_lm_exact"]["tau"] if systems.neighbors else None
     scored = np.flatnonzero(stream.has_next(0, len(stream)))
     chosen = scored[(np.arange(config.samples) * 2 + 1) * len(scored) // (2 * config.samples)]
     return sample_predictions(stream, chosen, predictor, systems, tau, inputs.vocabulary)

@@ -1,6 +1,6 @@
 """The results table, from `results.json`: for a terminal, for Markdown, and as cells.
 
-Any system may be absent from the results; its cells are then dashes.
+A system that is absent from the results has no row.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def headings(split: str = "test") -> tuple[str, ...]:
 
 
 def table_rows(results: Mapping[str, Any], split: str = "test") -> list[Row]:
-    """The table as text cells, one `Row` per system of `SYSTEMS`.
+    """The table as text cells, one `Row` per system of `SYSTEMS` that was evaluated.
 
     Raises:
       UserError: `results` has another schema or no such split.
@@ -60,6 +60,8 @@ def table_rows(results: Mapping[str, Any], split: str = "test") -> list[Row]:
     best = min(known, key=known.__getitem__) if known else None
     rows = []
     for system, label in SYSTEMS.items():
+        if system not in values:
+            continue
         detail = figures.get("details", {}).get(system) or {}
         interval = detail.get("interval") or (None, None)
         weight = detail.get("lambda")
@@ -133,7 +135,8 @@ def table_notes(results: Mapping[str, Any], split: str = "test") -> list[str]:
     tokens = sorted({d["scored_tokens"] for d in details if d.get("scored_tokens")})
     if tokens:
         counted = " or ".join(f"{count:,}" for count in tokens)
-        notes.append(f"{counted} scored tokens, {split} split; λ and τ chosen on validation.")
+        chosen = "λ and τ" if any(d.get("tau") for d in details) else "λ"
+        notes.append(f"{counted} scored tokens, {split} split; {chosen} chosen on validation.")
     words = sorted({d["words"] for d in details if d.get("words")})
     if words and figures.get("word_count"):
         counted = " or ".join(f"{count:,}" for count in words)

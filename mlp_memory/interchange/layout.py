@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlp_memory.artifacts import UserError
-from mlp_memory.interchange.model_folder import TensorSpec
+from mlp_memory.interchange.safetensors_file import TensorSpec
 
 Path = tuple[str, ...]
 """A parameter's place in the model, such as ("blocks", "ffn", "up", "kernel")."""

@@ -12,8 +12,8 @@ import numpy as np
 
 from mlp_memory.artifacts import UserError, first_line
 from mlp_memory.corpus import sentencepiece_pieces
-from mlp_memory.interchange.model_folder import TensorSpec
 from mlp_memory.interchange.rotary_order import halves_from_pairs
+from mlp_memory.interchange.safetensors_file import TensorSpec
 
 _HEADER = struct.Struct("<7i")
 

@@ -6,44 +6,27 @@ elsewhere have no such list and are read as they are.
 """
 
 import contextlib
+import io
 import json
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from mlp_memory.artifacts import Directory, UserError, canonical_json, digest, first_line
+from mlp_memory.interchange import safetensors_file
+from mlp_memory.interchange.safetensors_file import TensorSpec
 
 MAX_SHARD_BYTES = 5_000_000_000
 FACTS = "mlp_memory.json"
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-# Loaders elsewhere (transformers) refuse a file that does not name a framework they know.
-# A second key must not join it: the library writes several in an order that changes.
-_METADATA = {"format": "pt"}
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-
 
 CONVERT = (
     'convert it first, where you trust it: python -c "import sys, torch, safetensors.torch as s; '
@@ -53,13 +36,6 @@ CONVERT = (
 
 
 LazyArray = np.ndarray | Callable[[], np.ndarray]
-
-
-class TensorSpec(NamedTuple):
-    """A tensor's shape and dtype name."""
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def save_model(
@@ -80,7 +56,7 @@ def save_model(
       config: plain JSON, for `config.json`.
       tensors: arrays by name, of any shape; floats of 16 (bfloat16 too), 32 and 64 bits,
         integers of 8 to 64 bits, bool. Or functions that make them, each called twice, so
-        that a model larger than memory is written file by file.
+        that no more than one of them need be in memory.
       files: further files by plain name, such as `tokenizer.model`.
       max_shard_bytes: tensors beyond this many bytes go into several numbered files
         with an index; a larger tensor gets a file of its own.
@@ -93,25 +69,21 @@ def save_model(
     """
     files, facts = dict(files or {}), dict(facts or {})
     _check_arguments(facts, tensors, files)
-    sizes, listed = {}, {}
-    for name in sorted(tensors):
-        array = _storable(name, tensors[name])
-        sizes[name] = array.nbytes
-        listed[name] = {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": _checksum(array)}
-    shards = _shards(sizes, max_shard_bytes)
+    listed, shards = _plan(tensors, max_shard_bytes)
     config_bytes = canonical_json(config).encode()
     listing = {**facts, "tensors": listed, "config_sha256": digest(config_bytes)}
     files[FACTS] = canonical_json(listing).encode()
     if len(shards) > 1:
-        weight_map = {name: file for file, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        weight_map = {name: file for file, specs in shards.items() for name in specs}
+        total = sum(spec.nbytes for specs in shards.values() for spec in specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         files[_INDEX] = canonical_json(index).encode()
     try:
         if directory.is_local:
             _write_local(directory.path, tensors, shards, files, config_bytes)
         else:
             _write_remote(directory, tensors, shards, files, config_bytes)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"cannot write {directory}: {first_line(error)}") from error
 
 
@@ -133,37 +105,49 @@ def _is_ours(name: str) -> bool:
     return name in (_CONFIG, _SINGLE, _INDEX, FACTS) or _SHARD.fullmatch(name) is not None
 
 
-def _storable(name: str, tensor: LazyArray) -> np.ndarray:
-    """The array, little-endian and contiguous (`np.ascontiguousarray` would turn [] into [1])."""
-    array = np.asarray(tensor() if callable(tensor) else tensor)
-    if array.dtype.name not in _DTYPES.values():
-        raise ValueError(f"tensor {name!r}: dtype {array.dtype.name} cannot be stored")
-    return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
+def make_as_saved(tensors: Mapping[str, LazyArray], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Calls the functions as `save_model` calls them, and writes nothing.
+
+    For the processes that do not write, where a tensor comes into being only if all take part.
+    """
+    for specs in _plan(tensors, max_shard_bytes)[1].values():
+        for name in safetensors_file.in_file_order(specs):
+            _make(name, tensors)
+
+
+def _make(name: str, tensors: Mapping[str, LazyArray]) -> np.ndarray:
+    tensor = tensors[name]
+    return safetensors_file.storable(name, np.asarray(tensor() if callable(tensor) else tensor))
+
+
+def _plan(
+    tensors: Mapping[str, LazyArray], max_shard_bytes: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, TensorSpec]]]:
+    """The list for mlp_memory.json, and file name -> the tensors it holds, filled in name order."""
+    listed, groups, filled = {}, [{}], 0
+    for name in sorted(tensors):
+        array = _make(name, tensors)
+        spec = TensorSpec(array.shape, array.dtype.name)
+        listed[name] = {"shape": list(spec.shape), "dtype": spec.dtype, "sha256": _checksum(array)}
+        if groups[-1] and filled + array.nbytes > max_shard_bytes:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = spec
+        filled += array.nbytes
+    if len(groups) == 1:
+        return listed, {_SINGLE: groups[0]}
+    shards = enumerate(groups, 1)
+    return listed, {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in shards}
 
 
 def _checksum(array: np.ndarray) -> str:
     return digest(array.reshape(-1).view(np.uint8).data if array.size else b"")
 
 
-def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
-    """File name -> the tensors it holds, filled in the order of the names."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if groups[-1] and filled + size > max_shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    if len(groups) == 1:
-        return {_SINGLE: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
-
-
 def _write_local(
     target: Path,
     tensors: Mapping[str, LazyArray],
-    shards: Mapping[str, list[str]],
+    shards: Mapping[str, Mapping[str, TensorSpec]],
     files: Mapping[str, bytes],
     config_bytes: bytes,
 ) -> None:
@@ -174,11 +158,9 @@ def _write_local(
     (partial / _CONFIG).write_bytes(config_bytes)
     for file, data in files.items():
         (partial / file).write_bytes(data)
-    for file, names in shards.items():
-        arrays = {name: _storable(name, tensors[name]) for name in names}
-        safetensors.numpy.save_file(arrays, partial / file, metadata=_METADATA)
-        # The library's files are for their owner alone, whatever the umask.
-        shutil.copymode(partial / _CONFIG, partial / file)
+    for file, specs in shards.items():
+        with (partial / file).open("wb") as opened:
+            safetensors_file.write(opened, specs, lambda name: _make(name, tensors))
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         partial.replace(target)
         return
@@ -196,15 +178,16 @@ def _write_local(
 def _write_remote(
     directory: Directory,
     tensors: Mapping[str, LazyArray],
-    shards: Mapping[str, list[str]],
+    shards: Mapping[str, Mapping[str, TensorSpec]],
     files: Mapping[str, bytes],
     config_bytes: bytes,
 ) -> None:
     for old in [_CONFIG, *(name for name in directory.names() if _is_ours(name))]:
         directory.kvstore.write(old, None).result()
-    for file, names in shards.items():
-        arrays = {name: _storable(name, tensors[name]) for name in names}
-        directory.write(file, safetensors.numpy.save(arrays, metadata=_METADATA))
+    for file, specs in shards.items():
+        data = io.BytesIO()
+        safetensors_file.write(data, specs, lambda name: _make(name, tensors))
+        directory.write(file, data.getvalue())
     for file, data in files.items():
         directory.write(file, data)
     directory.write(_CONFIG, config_bytes)
@@ -291,7 +274,7 @@ class ModelFolder:
         with self._opened(file) as opened:
             for name in sorted(opened.keys()):
                 view = opened.get_slice(name)
-                dtype = _DTYPES.get(view.get_dtype(), view.get_dtype())
+                dtype = safetensors_file.DTYPES.get(view.get_dtype(), view.get_dtype())
                 found[name] = TensorSpec(tuple(view.get_shape()), dtype)
         if mapped is not None and (wrong := sorted(mapped ^ set(found))):
             raise UserError(

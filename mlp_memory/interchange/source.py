@@ -22,7 +22,8 @@ from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.interchange import families
 from mlp_memory.interchange.layout import OWN, Layout
 from mlp_memory.interchange.llama2c_file import Llama2cFile, is_llama2c
-from mlp_memory.interchange.model_folder import CONVERT, PICKLES, ModelFolder, TensorSpec
+from mlp_memory.interchange.model_folder import CONVERT, PICKLES, ModelFolder
+from mlp_memory.interchange.safetensors_file import TensorSpec
 from mlp_memory.memory.config import MemoryConfig
 from mlp_memory.memory.mlp import Memory
 from mlp_memory.parallel.sharding import state_shardings

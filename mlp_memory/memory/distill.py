@@ -199,13 +199,13 @@ def distill(
     )
 
 
-def load_memory(directory: Directory, mesh: Mesh) -> tuple[Memory, Manifest]:
-    """The published memory of an artifact.
+def load_memory(directory: Directory, mesh: Mesh, stage: str = "distill") -> tuple[Memory, Manifest]:
+    """The published memory of an artifact; `stage` is what makes it.
 
     Raises:
       UserError: missing, unfinished or damaged.
     """
-    manifest = artifacts.require(directory, "distill")
+    manifest = artifacts.require(directory, stage)
     config = MemoryConfig(**manifest.facts["model"])
     abstract = nnx.eval_shape(lambda: Memory(config, nnx.Rngs(0)))
     return checkpoints.restore(directory, manifest, abstract, mesh), manifest

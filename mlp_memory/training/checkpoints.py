@@ -4,7 +4,6 @@ Layout of a model artifact: `steps/` (training state, gone once finished), `mode
 result's parameters), `metrics.jsonl`, `manifest.json`.
 """
 
-import functools
 import logging
 import sys
 from collections.abc import Callable
@@ -114,34 +113,41 @@ def _load(read: Callable[[], Any], where: str) -> Any:
     return value
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _checksum(x: jax.Array, layered: bool) -> jax.Array:
-    """Σ bits_i · (2i + 1) mod 2^32 over the float32 values, a layer at a time where there are layers."""
-    rows_LxN = x.reshape(x.shape[0] if layered else 1, -1)
-    size = rows_LxN.shape[1]
-
-    def add(total: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        values_N, layer = row
-        bits_N = jax.lax.bitcast_convert_type(values_N.astype(jnp.float32), jnp.uint32)
-        index_N = layer * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
-        return total + (bits_N * (2 * index_N + 1)).sum(dtype=jnp.uint32), None
-
-    layers_L = jnp.arange(len(rows_LxN), dtype=jnp.uint32)
-    return jax.lax.scan(add, jnp.uint32(0), (rows_LxN, layers_L))[0]
+@jax.jit
+def _checksum(x: jax.Array, layer: jax.Array | None) -> jax.Array:
+    """Σ bits_i · (2i + 1) mod 2^32 over the float32 values of a layer; i counts over all layers."""
+    values_N = (x if layer is None else x[layer]).reshape(-1)
+    bits_N = jax.lax.bitcast_convert_type(values_N.astype(jnp.float32), jnp.uint32)
+    index_N = jnp.arange(values_N.size, dtype=jnp.uint32)
+    if layer is not None:
+        index_N += layer * jnp.uint32(values_N.size)
+    return (bits_N * (2 * index_N + 1)).sum(dtype=jnp.uint32)
 
 
 def checksums(params: Any) -> dict[str, str]:
     """A checksum per parameter, by path, that does not depend on how it is sharded."""
-    flat = nnx.traversals.flatten_mapping(params)
-    # One after the other, so that their temporaries never stand side by side.
-    return {".".join(map(str, p)): f"{int(_checksum(x, p[0] == 'blocks')):08x}" for p, x in flat.items()}
+    found = {}
+    for path, x in nnx.traversals.flatten_mapping(params).items():
+        # Layer by layer: a scan over them would turn all of a bfloat16 parameter into float32 first.
+        layers = map(np.uint32, range(len(x))) if path[0] == "blocks" else [None]
+        total = sum(int(_checksum(x, layer)) for layer in layers)
+        found[".".join(map(str, path))] = f"{total % (1 << 32):08x}"
+    return found
+
+
+_LEAST_IN_FLIGHT = 1 << 26
+"""Bytes on their way to or from a disk, where no parameter is larger."""
 
 
 def _bounded(params: Any) -> ocp.Context:
-    """Saving that holds one large parameter, or 1 GiB, beside the model rather than a copy of it."""
+    """Saving and loading that hold the largest parameter beside the model rather than a copy of it."""
     context = ocp.Context()
-    most = max(1 << 30, *(x.nbytes for x in jax.tree.leaves(params)))
-    context.memory.write_concurrent_bytes = context.memory.transfer_concurrent_bytes = most
+    # The files of a checkpoint are filled in memory, to 2 GB if not told otherwise.
+    context.array.saving.ocdbt_target_data_file_size = _LEAST_IN_FLIGHT
+    # Orbax wants the limit above what it lets through, not at it.
+    most = 1 + max(_LEAST_IN_FLIGHT, *(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)))
+    memory = context.memory
+    memory.write_concurrent_bytes = memory.transfer_concurrent_bytes = memory.read_concurrent_bytes = most
     return context
 
 
@@ -150,9 +156,10 @@ def publish(directory: Directory, manifest: Manifest, params: Any, **facts: Any)
 
     Facts of every such artifact: `checksums`, and `dtypes` of parameters other than float32.
     """
+    # First the checksums: what saving has used is not all given back at once.
+    facts["checksums"] = checksums(params)
     with _bounded(params):
         ocp.save((directory / "model").location, params, overwrite=True)
-    facts["checksums"] = checksums(params)
     flat = nnx.traversals.flatten_mapping(params)
     dtypes = {".".join(map(str, path)): value.dtype.name for path, value in flat.items()}
     if other := {name: dtype for name, dtype in dtypes.items() if dtype != "float32"}:
@@ -185,7 +192,8 @@ def restore(directory: Directory, manifest: Manifest, model: nnx.Module, mesh: M
         }
     )
     where = (directory / "model").location
-    params = _load(lambda: ocp.load(where, abstract), where)
+    with _bounded(abstract):
+        params = _load(lambda: ocp.load(where, abstract), where)
     wrong = [n for n, c in checksums(params).items() if manifest.facts["checksums"].get(n) != c]
     if wrong:
         raise UserError(

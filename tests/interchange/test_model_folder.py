@@ -16,7 +16,7 @@ import safetensors.numpy
 import tensorstore as ts
 
 from mlp_memory.artifacts import Directory, UserError
-from mlp_memory.interchange.model_folder import load_model, save_model
+from mlp_memory.interchange.model_folder import load_model, make_as_saved, save_model
 
 DTYPES = [
     np.dtype(t)
@@ -116,6 +116,22 @@ def test_shards_follow_the_hugging_face_layout(tmp_path: Path) -> None:
         held = safetensors.numpy.load_file(tmp_path / "m" / file)
         assert set(held) == {name for name, where in index["weight_map"].items() if where == file}
         assert len(held) == 1 or sum(t.nbytes for t in held.values()) <= 120
+
+
+@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 200])
+def test_tensors_are_made_in_the_same_order_where_nothing_is_written(
+    tmp_path: Path, max_shard_bytes: int
+) -> None:
+    arrays = random_tensors(np.random.default_rng())
+    made = []
+    tensors = {name: lambda name=name: made.append(name) or arrays[name] for name in arrays}
+    save_model(Directory(tmp_path / "m"), CONFIG, tensors, max_shard_bytes=max_shard_bytes)
+    saved = made.copy()
+    made.clear()
+    make_as_saved(tensors, max_shard_bytes)
+    assert made == saved
+    assert sorted(made) == sorted([*arrays, *arrays])
+    assert_same(load_model(Directory(tmp_path / "m"))[1], arrays)
 
 
 def test_files_open_with_the_reference_library(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-PROGRAM = Path(__file__).parents[1] / "multi_device/train_on_meshes.py"
+PROGRAMS = Path(__file__).parents[1] / "multi_device"
 
 
 def free_port() -> int:
@@ -15,43 +15,43 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def run(inputs: Path, output: Path, devices: int, mesh: str, **environment: str) -> subprocess.Popen:
+def start(*words: object, devices: int = 1, **environment: str) -> subprocess.Popen:
+    """Python with these words."""
     return subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(inputs), str(output), mesh],
+        [sys.executable, *map(str, words)],
         env={
             **os.environ,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(PROGRAM.parents[2]),
+            "PYTHONPATH": str(PROGRAMS.parents[1]),
             **environment,
         },
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def test_two_processes_train_what_one_trains(training_inputs, tmp_path):
-    one = run(training_inputs, tmp_path / "one", 1, "data=1")
-    coordinator = f"127.0.0.1:{free_port()}"
-    two = [
-        run(
-            training_inputs,
-            tmp_path / "two",
-            2,
-            "data=2,fsdp=2",
-            MLP_MEMORY_COORDINATOR=coordinator,
-            MLP_MEMORY_PROCESSES="2",
-            MLP_MEMORY_PROCESS=str(index),
-        )
-        for index in range(2)
-    ]
+def start_two(*words: object, devices: int = 2) -> list[subprocess.Popen]:
+    """Two processes of one job."""
+    job = {"MLP_MEMORY_COORDINATOR": f"127.0.0.1:{free_port()}", "MLP_MEMORY_PROCESSES": "2"}
+    return [start(*words, devices=devices, **job, MLP_MEMORY_PROCESS=str(index)) for index in range(2)]
+
+
+def finish(*processes: subprocess.Popen) -> None:
     try:
-        for process in (one, *two):
+        for process in processes:
             error = process.communicate(timeout=300)[1]
             assert process.returncode == 0, error[-4000:]
     finally:
-        for process in two:
+        for process in processes:
             process.kill()
+
+
+def test_two_processes_train_what_one_trains(training_inputs, tmp_path):
+    program = PROGRAMS / "train_on_meshes.py"
+    one = start(program, training_inputs, tmp_path / "one", "data=1")
+    finish(one, *start_two(program, training_inputs, tmp_path / "two", "data=2,fsdp=2"))
     with (
         np.load(tmp_path / "one/data=1.npz") as expected,
         np.load(tmp_path / "two/data=2,fsdp=2.npz") as found,
@@ -62,10 +62,10 @@ def test_two_processes_train_what_one_trains(training_inputs, tmp_path):
 
 
 def test_a_process_that_does_not_know_its_number_is_told_in_one_line(training_inputs, tmp_path):
-    process = run(
+    process = start(
+        PROGRAMS / "train_on_meshes.py",
         training_inputs,
         tmp_path / "out",
-        1,
         "data=1",
         MLP_MEMORY_COORDINATOR="127.0.0.1:1",
         MLP_MEMORY_PROCESS="x",
@@ -73,3 +73,13 @@ def test_a_process_that_does_not_know_its_number_is_told_in_one_line(training_in
     error = process.communicate(timeout=60)[1]
     assert process.returncode != 0
     assert "needs MLP_MEMORY_PROCESSES and MLP_MEMORY_PROCESS as whole numbers" in error.splitlines()[-1]
+
+
+def test_two_processes_import_and_export_what_one_does(model_folders, files_of, tmp_path):
+    program, meshes = PROGRAMS / "import_on_meshes.py", ("fsdp=2,tensor=2", "data=2,tensor=2")
+    one = start(program, model_folders, tmp_path / "one", "data=1")
+    finish(one, *start_two(program, model_folders, tmp_path / "two", *meshes))
+    wanted = files_of(tmp_path / "one/data=1")
+    assert len([name for name in wanted if name.endswith("-out/model.safetensors")]) == 4
+    for mesh in meshes:
+        assert files_of(tmp_path / "two" / mesh) == wanted, mesh

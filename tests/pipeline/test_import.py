@@ -1,8 +1,15 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 import safetensors.numpy
+from flax import nnx
+
+from mlp_memory.artifacts import Directory
+from mlp_memory.interchange.export import export_model
+from mlp_memory.memory.config import MemoryConfig
+from mlp_memory.memory.mlp import Memory
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +63,131 @@ def test_a_run_over_an_imported_decoder_uses_its_tokenizer_and_has_no_equal_deco
     assert "---" not in again.out + again.error.split("stage")[0]
 
 
+@pytest.fixture(scope="module")
+def imported_run(exported, recipe, mlp_memory, tmp_path_factory) -> Path:
+    """A run over a decoder and its memory, both imported."""
+    folder = tmp_path_factory.mktemp("imported") / "workdir"
+    answer = mlp_memory("run", f"--workdir={folder}", f"--gin_file={recipe}", *both(exported))
+    assert answer.code == 0, answer.error
+    assert re.findall(r"^--- (\w+):", answer.out, re.M) == [
+        *("tokenize", "import", "import_memory", "evaluate", "export")
+    ]
+    return folder
+
+
+def both(exported: Path) -> list[str]:
+    found = {"source": exported / "decoder", "memory": exported / "memory"}
+    return [f"--gin=pretrained.{name}='{path}'" for name, path in found.items()]
+
+
+def test_a_decoder_and_its_memory_are_evaluated_as_they_were_where_they_were_made(imported_run, small_run):
+    wanted, found = (
+        json.loads((folder / "reports/results.json").read_text()) for folder in (small_run, imported_run)
+    )
+    systems = {"base", "base_plus_memory"}
+    for split in ("validation", "test"):
+        assert set(found[split]["perplexity"]) == systems
+        assert found[split]["details"] == {name: wanted[split]["details"][name] for name in systems}
+        assert "gain_recovered" not in found[split]
+    curves = {name: wanted["lambda_curves"]["validation"][name] for name in ("lambdas", "base_plus_memory")}
+    assert found["lambda_curves"]["validation"] == curves
+    assert found["parameters"] == {name: wanted["parameters"][name] for name in ("base", "memory")}
+    assert not {"recall", "teacher"} & set(found)
+    for ours, theirs in zip(found["samples"], wanted["samples"]):
+        assert ours == {name: value for name, value in theirs.items() if name != "teacher"}
+
+
+def test_the_report_of_an_imported_memory_has_no_trace_of_what_was_not_run(imported_run, mlp_memory):
+    page = (imported_run / "reports/index.html").read_text()
+    shown = mlp_memory("evaluate", f"--workdir={imported_run}").out
+    for text in (page, shown):
+        assert "base + memory" in text
+        for name in ("kNN-LM", "joint", "equal-size", "recall", "teacher"):
+            assert name not in re.sub(r"(?s)<style>.*?</style>|<pre>.*?</pre>", "", text), name
+
+
+def test_an_imported_memory_goes_out_as_it_came_and_writes_the_same_text(
+    imported_run, exported, small_run, mlp_memory
+):
+    for name in ("decoder", "memory"):
+        weights, config = (
+            [(folder / name / file).read_bytes() for folder in (exported, imported_run / "export")]
+            for file in ("model.safetensors", "config.json")
+        )
+        assert weights[0] == weights[1]
+        assert config[0] == config[1]
+    assert not (imported_run / "export/joint").exists()
+    words = ("--prompt=abc def", "--model=both")
+    wanted, found = (
+        mlp_memory("generate", f"--workdir={folder}", *words) for folder in (small_run, imported_run)
+    )
+    assert (found.code, found.out) == (0, wanted.out), found.error
+
+
+def test_a_run_over_an_imported_memory_is_done_once_and_notices_other_settings(
+    imported_run, exported, recipe, mlp_memory, refused_quickly
+):
+    command = ("run", f"--workdir={imported_run}", f"--gin_file={recipe}", *both(exported))
+    again = mlp_memory(*command)
+    assert again.code == 0
+    assert "---" not in again.out
+    rows = [
+        line.split()[0] for line in mlp_memory("status", f"--workdir={imported_run}").out.splitlines()[2:]
+    ]
+    assert rows == ["tokenize", "import", "import_memory", "evaluate", "export"]
+    # Without a datastore, the report itself says how its rows were read.
+    assert "embed.stride = 16" in refused_quickly(*command, "--gin=embed.stride=8")
+
+
+def test_a_dry_run_shows_the_shapes_of_imported_models(exported, recipe, mlp_memory, tmp_path):
+    words = [f"--workdir={tmp_path / 'w'}", f"--gin_file={recipe}", *both(exported), "--gin=decoder.layers=7"]
+    out = mlp_memory("run", *words, "--gin=memory.layers=7", "--dry_run").out
+    assert re.search(r"decoder\.blocks\.attention\.query\.kernel +\(1, 32, 32\)", out)
+    assert re.search(r"memory\.blocks\.norm\.scale +\(1, 32\)", out)
+    assert not re.search(r"# (pretrain|distill):", out)
+
+
+def memory_folder(folder: Path, randomize, dim: int, vocab_size: int, **facts: object) -> Path:
+    memory = randomize(
+        lambda: Memory(MemoryConfig("llama", 1, dim, 16, 0.0, 1e-6, dim, vocab_size), nnx.Rngs(0))
+    )
+    export_model(Directory(folder), memory, facts, {}, {})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("dim", "vocab_size", "tap", "words"),
+    [
+        (24, 300, {}, ["[24]", "[32]"]),
+        (32, 301, {}, ["301 tokens", "the decoder 300"]),
+        (32, 300, {"layer": 0, "kind": "residual"}, ["residual of layer 0", "embed.tap_kind = 'residual'"]),
+        (32, 300, {"layer": 3, "kind": "ffn_input"}, ["tap layer 3", "1 layers"]),
+    ],
+)
+def test_a_memory_of_another_decoder_is_told_before_any_work(
+    exported, recipe, refused_quickly, randomize, tmp_path, dim, vocab_size, tap, words
+):
+    memory = memory_folder(tmp_path / "m", randomize, dim, vocab_size, **({"tap": tap} if tap else {}))
+    settings = [f"--gin=pretrained.source='{exported / 'decoder'}'", f"--gin=pretrained.memory='{memory}'"]
+    line = refused_quickly("run", f"--workdir={tmp_path / 'w'}", f"--gin_file={recipe}", *settings)
+    assert all(word in line for word in (str(memory), *words)), line
+    assert not (tmp_path / "w/corpus").exists()
+
+
+def test_a_memory_is_compared_with_a_decoder_imported_before(
+    exported, mlp_memory, refused_quickly, randomize, tmp_path
+):
+    work = f"--workdir={tmp_path / 'w'}"
+    assert mlp_memory("import", f"--from={exported / 'decoder'}", work).code == 0
+    memory = memory_folder(tmp_path / "m", randomize, 32, 299)
+    line = refused_quickly("import", f"--from={memory}", work)
+    assert "299 tokens, the decoder 300" in line
+    # A memory with the tap beside it is not fed another one.
+    assert mlp_memory("import", f"--from={exported / 'memory'}", work).code == 0
+    words = ("generate", work, "--prompt=a", "--model=base_plus_memory", '--gin=embed.tap_kind="residual"')
+    assert "reads ffn_input of layer -1, embed taps residual" in refused_quickly(*words)
+
+
 def test_an_import_that_cannot_be_is_one_line(exported, refused_quickly, tmp_path):
     fresh = f"--workdir={tmp_path / 'fresh'}"
     assert "give --from=DIR_OR_FILE" in refused_quickly("import", fresh)
@@ -63,8 +195,9 @@ def test_an_import_that_cannot_be_is_one_line(exported, refused_quickly, tmp_pat
     assert "give a model's folder" in refused_quickly("import", f"--from={tmp_path}", fresh)
     (tmp_path / "m.bin").write_bytes(b"\x80\x04")
     assert "is a pickle" in refused_quickly("import", f"--from={tmp_path / 'm.bin'}", fresh)
-    words = ("run", fresh, f"--gin=pretrained.source='{exported / 'memory'}'")
-    assert "is a memory, not a decoder" in refused_quickly(*words)
+    for name, kind, other in (("source", "memory", "decoder"), ("memory", "decoder", "memory")):
+        line = refused_quickly("run", fresh, f"--gin=pretrained.{name}='{exported / kind}'")
+        assert f"pretrained.{name}: {exported / kind} is a {kind}, not a {other}" in line
 
 
 @pytest.fixture

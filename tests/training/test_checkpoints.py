@@ -1,0 +1,65 @@
+"""Published models: what is saved comes back, whatever its size, and is told from any other."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+from mlp_memory.artifacts import Directory, Manifest, UserError, begin
+from mlp_memory.memory.config import MemoryConfig
+from mlp_memory.memory.mlp import Memory
+from mlp_memory.training import checkpoints
+
+CONFIG = MemoryConfig("gpt2", 3, 16, 24, 0.0, 1e-5, 16, 40)
+
+
+def checksum(values: np.ndarray) -> str:
+    """Value by value over the whole parameter."""
+    bits_N = values.astype(np.float32).reshape(-1).view(np.uint32)
+    return f"{sum(int(bits) * (2 * i + 1) for i, bits in enumerate(bits_N)) % 2**32:08x}"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_checksums_are_sums_over_every_value(rng: np.random.Generator, dtype: object) -> None:
+    params = {
+        "blocks": {"kernel": jnp.asarray(rng.normal(size=(5, 7, 9)).astype(dtype))},
+        "embedding": jnp.asarray(rng.normal(size=(301, 3)).astype(dtype)),
+        "scale": jnp.asarray(rng.normal(size=1).astype(dtype)),
+    }
+    assert checkpoints.checksums(params) == {
+        "blocks.kernel": checksum(np.asarray(params["blocks"]["kernel"])),
+        "embedding": checksum(np.asarray(params["embedding"])),
+        "scale": checksum(np.asarray(params["scale"])),
+    }
+
+
+# The largest parameter, blocks.ffn.up.kernel, has 3 · 16 · 24 float32 values.
+@pytest.mark.parametrize("least", [8, 3 * 16 * 24 * 4, 1 << 26])
+def test_a_parameter_may_be_as_large_as_what_is_saved_at_once_and_larger(
+    least: int, randomize, mesh: Mesh, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_LEAST_IN_FLIGHT", least)
+    model = randomize(lambda: Memory(CONFIG, nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.state(model))
+    directory = Directory(tmp_path / "m")
+    manifest = checkpoints.publish(directory, begin(directory, "memory", {}, {}), params)
+    abstract = nnx.eval_shape(lambda: Memory(CONFIG, nnx.Rngs(0)))
+    found = nnx.to_pure_dict(nnx.state(checkpoints.restore(directory, manifest, abstract, mesh)))
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+def test_parameters_other_than_those_saved_are_refused(randomize, mesh: Mesh, tmp_path) -> None:
+    directory = Directory(tmp_path / "m")
+
+    def publish() -> Manifest:
+        params = nnx.to_pure_dict(nnx.state(randomize(lambda: Memory(CONFIG, nnx.Rngs(0)))))
+        return checkpoints.publish(directory, begin(directory, "memory", {}, {}), params)
+
+    before, now = publish(), publish()
+    abstract = nnx.eval_shape(lambda: Memory(CONFIG, nnx.Rngs(0)))
+    checkpoints.restore(directory, now, abstract, mesh)
+    with pytest.raises(UserError, match="is not what was saved"):
+        checkpoints.restore(directory, before, abstract, mesh)
