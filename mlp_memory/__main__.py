@@ -173,13 +173,19 @@ def load_config(files: list[str], bindings: list[str], workdir: Directory | None
             gin.parse_config((text or b"").decode())
         gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
         return Config(**{name: section() for name, section in SECTIONS.items()})
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(_naming_part(error)) from error
     except Exception as error:  # gin raises many kinds, and adds lines of its own to any of them
         cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
         raise UserError(_explain(cause)) from error
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _naming_part(error: UserError) -> str:
+    """The message, after the part of a mixture that it is about; gin adds its name on a line of its own."""
+    part = re.search(rf"configurable '{_PART}' .* in scope '([^']+)'", str(error))
+    return f"{part.group(1)}/{_PART}: {first_line(error)}" if part else first_line(error)
 
 
 def _explain(error: BaseException) -> str:

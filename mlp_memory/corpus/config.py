@@ -117,7 +117,7 @@ class PartConfig(SourceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rate is not None and (not _is_number(self.rate) or not 0 < self.rate < float("inf")):
-            raise UserError(f"part.rate = {self.rate!r}: give a number above 0")
+            raise UserError(f"rate = {self.rate!r}: give a number above 0")
 
 
 @dataclasses.dataclass(frozen=True)

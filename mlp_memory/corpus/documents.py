@@ -1,9 +1,11 @@
 """Documents out of files of every kind, in a fixed order, a document or a few in memory at a time."""
 
 import bz2
+import contextlib
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import lzma
 import os
@@ -32,8 +34,9 @@ def input_files(config: CorpusConfig) -> Files:
     """
     files: Files = {}
     for name, source in config.sources.items():
-        for group in SPLITS:
-            files[f"{name}/{group}" if name else group] = _source_files(source, group)
+        with naming_part(name):
+            for group in SPLITS:
+                files[f"{name}/{group}" if name else group] = _source_files(source, group)
     owner: dict[str, str] = {}
     for name, source in config.sources.items():
         for group, paths in files_of_source(files, name).items():
@@ -51,6 +54,17 @@ def files_of_source(files: Files, name: str) -> Files:
     return {group: files[f"{name}/{group}" if name else group] for group in SPLITS}
 
 
+@contextlib.contextmanager
+def naming_part(name: str) -> Iterator[None]:
+    """Says which of a mixture's parts a `UserError` is about; "" is the corpus itself."""
+    try:
+        yield
+    except UserError as error:
+        if not name:
+            raise
+        raise UserError(f'corpus.parts["{name}"]: {error}') from error
+
+
 def fingerprints(config: CorpusConfig, files: Files) -> dict[str, str]:
     """What the texts come from: each file's sha256, and the version of Python where it is read.
 
@@ -61,8 +75,8 @@ def fingerprints(config: CorpusConfig, files: Files) -> dict[str, str]:
     for name, source in config.sources.items():
         if source.source == "python_docs":
             found["python"] = platform.python_version()
-        for paths in files_of_source(files, name).values():
-            for path in paths:
+        with naming_part(name):
+            for path in itertools.chain(*files_of_source(files, name).values()):
                 for file in tfds.split_files(source, path) if source.source == "tfds" else [path]:
                     found[str(file)] = file_sha256(file)
     return found

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Set
 from mlp_memory.artifacts import UserError
 from mlp_memory.corpus import wikitext
 from mlp_memory.corpus.config import SPLITS, CorpusConfig, PartConfig, SourceConfig
-from mlp_memory.corpus.documents import Files, files_of_source, read_group
+from mlp_memory.corpus.documents import Files, files_of_source, naming_part, read_group
 from mlp_memory.training.progress import Progress
 
 
@@ -80,18 +80,20 @@ def read_split(
     facts = facts or scan(config, files)
     parts = facts[split].parts
     texts = {
-        name: _read_source(source, files_of_source(files, name), split, facts["train"].parts[name].fraction)
+        name: _read_source(name, source, files, split, facts["train"].parts[name].fraction)
         for name, source in config.sources.items()
     }
     return interleave(texts, {name: parts[name].bytes for name in texts})
 
 
-def _read_source(source: SourceConfig, files: Files, split: str, fraction: float) -> Iterator[str]:
-    given = _given(files)
-    for group in groups_of(split, given):
-        for text in read_group(source, files, group):
-            if text and split_of(text, group, source, given, fraction) == split:
-                yield text
+def _read_source(name: str, source: SourceConfig, files: Files, split: str, fraction: float) -> Iterator[str]:
+    own_files = files_of_source(files, name)
+    given = _given(own_files)
+    with naming_part(name):
+        for group in groups_of(split, given):
+            for text in read_group(source, own_files, group):
+                if text and split_of(text, group, source, given, fraction) == split:
+                    yield text
 
 
 def interleave(texts: Mapping[str, Iterator[str]], sizes: Mapping[str, int]) -> Iterator[str]:
@@ -182,12 +184,13 @@ def scan(config: CorpusConfig, files: Files) -> dict[str, SplitFacts]:
             for name, source in config.sources.items():
                 own_files = files_of_source(files, name)
                 for one_file in [{group: [path]} for path in own_files[group]] or [{group: []}]:
-                    for text in read_group(source, one_file, group):
-                        split = split_of(text, group, source, _given(own_files), fractions[name])
-                        if split is not None:
-                            _count(text, split, name, source.word_count, facts)
-                            if text and can_repeat:
-                                _count_duplicates(text, split, facts, held_out)
+                    with naming_part(name):
+                        for text in read_group(source, one_file, group):
+                            split = split_of(text, group, source, _given(own_files), fractions[name])
+                            if split is not None:
+                                _count(text, split, name, source.word_count, facts)
+                                if text and can_repeat:
+                                    _count_duplicates(text, split, facts, held_out)
                     progress.advance(len(one_file[group]))
     _check(config, files, facts)
     return facts
@@ -208,7 +211,7 @@ def _fractions(config: CorpusConfig, files: Files) -> dict[str, float]:
     sizes = {}
     with Progress("measure parts", len(sources), "parts") as progress:
         for name, source in sources.items():
-            train = _read_source(source, files_of_source(files, name), "train", source.fraction)
+            train = _read_source(name, source, files, "train", source.fraction)
             sizes[name] = sum(len(text.encode()) for text in train)
             if not sizes[name]:
                 raise UserError(f"part {name!r} has no train text: give it more files, or take it out")

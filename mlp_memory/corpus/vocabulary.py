@@ -186,18 +186,6 @@ class Vocabulary:
         piece = self._added[token] if token in self._added else self._tokenizer.piece(token)
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in piece)
 
-    def padded_size(self, multiple: int) -> int:
-        """`size` rounded up to a multiple: the rows of a model that is cut evenly."""
-        return -(-self.size // multiple) * multiple
-
-    def check_model(self, vocab_size: int, where: str) -> None:
-        """Raises `UserError` where a model of `vocab_size` tokens does not hold every id."""
-        if vocab_size < self.size:
-            raise UserError(
-                f"{where} has {vocab_size} tokens, {self._name} has {self.size}: "
-                "take the tokenizer that the model was trained with"
-            )
-
     def _borders(self, bos: str | None, eos: str | None) -> tuple[int, int]:
         found = [self._named("bos", bos), self._named("eos", eos)]
         if found == [None, None]:

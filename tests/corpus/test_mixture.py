@@ -209,6 +209,29 @@ def test_a_part_without_train_text_is_named(tmp_path, parts, write_jsonl):
         scan(config, input_files(config))
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no file matches"),
+        (b'{"text": "fine"}\n{"txt": "x"}\n', "broken.jsonl, line 2: no field 'text'"),
+        (b'{"text": "fine"}\n\xff\n', "broken.jsonl, line 2: byte 0xff is not UTF-8"),
+        (b"not packed", "broken.jsonl.gz, line 1: cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("rate", [None, 1])
+def test_what_is_wrong_with_a_part_names_the_part(tmp_path, parts, content, words, rate):
+    path = tmp_path / ("broken.jsonl.gz" if content == b"not packed" else "broken.jsonl")
+    if content is not None:
+        path.write_bytes(content)
+    made = {**parts(rate=rate), "books": PartConfig("jsonl", str(path), rate=rate)}
+    with pytest.raises(UserError) as caught:
+        tokenize(Directory(tmp_path / "corpus"), CorpusConfig("mixture", parts=made))
+    assert str(caught.value).startswith('corpus.parts["books"]: ')
+    assert words in str(caught.value)
+    assert str(caught.value).count("corpus.parts") == 1
+    assert "\n" not in str(caught.value)
+
+
 def test_a_mixture_in_gin_is_the_one_in_python_and_survives_its_saved_config(tmp_path, write_jsonl):
     import gin
 
@@ -229,6 +252,9 @@ def test_a_mixture_in_gin_is_the_one_in_python_and_survives_its_saved_config(tmp
     for binding, words in (
         ("a/part.rte = 1", "did you mean 'rate'"),
         ("a/prt.rate = 1", "did you mean 'part'"),
+        ("a/part.rate = -1", "^a/part: rate = -1: give a number above 0$"),
+        ("a/part.train_files = []", "^a/part: source 'jsonl' needs train_files"),
+        ("corpus.fraction = 2", "^fraction = 2: give a number"),
     ):
         with pytest.raises(UserError, match=words):
             load_config([str(recipe)], [binding], Directory(tmp_path))

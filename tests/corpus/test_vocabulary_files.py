@@ -74,17 +74,6 @@ def test_added_tokens_come_after_the_models(tmp_path, model, hostile):
     assert all(vocabulary.piece(i).isprintable() for i in (*range(321), 322))
 
 
-def test_padded_sizes_and_models_that_are_too_small(rng):
-    vocabulary = Vocabulary.from_path("bytes")
-    multiple = rng.randrange(1, 600)
-    padded = vocabulary.padded_size(multiple)
-    assert padded % multiple == 0
-    assert 259 <= padded < 259 + multiple
-    vocabulary.check_model(padded, "the decoder")
-    with pytest.raises(UserError, match="the decoder has 258 tokens, vocab_file 'bytes' has 259"):
-        vocabulary.check_model(258, "the decoder")
-
-
 def damaged(name: str, model: bytes, pair: tuple[bytes, bytes], table: bytes) -> dict[str, bytes]:
     return {
         "empty file": {"x.model": b""},

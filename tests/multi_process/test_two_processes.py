@@ -1,10 +1,19 @@
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+from flax import nnx
+
+from mlp_memory.artifacts import Directory
+from mlp_memory.decoder.config import DecoderConfig
+from mlp_memory.interchange.export import export_model
+from mlp_memory.memory.config import MemoryConfig
+from mlp_memory.memory.mlp import Memory
 
 PROGRAMS = Path(__file__).parents[1] / "multi_device"
 
@@ -83,3 +92,36 @@ def test_two_processes_import_and_export_what_one_does(model_folders, files_of, 
     assert len([name for name in wanted if name.endswith("-out/model.safetensors")]) == 4
     for mesh in meshes:
         assert files_of(tmp_path / "two" / mesh) == wanted, mesh
+
+
+def test_the_command_line_imports_and_exports_in_two_processes_as_in_one(
+    make_decoder, randomize, files_of, tmp_path
+):
+    decoder = make_decoder(DecoderConfig(layers=2, dim=16, heads=4, ffn_dim=24, vocab_size=260))
+    memory = randomize(lambda: Memory(MemoryConfig("gpt2", 2, 16, 24, 0.0, 1e-5, 16, 260), nnx.Rngs(0)))
+    export_model(Directory(tmp_path / "decoder"), decoder, {}, {}, {})
+    export_model(Directory(tmp_path / "memory"), memory, {"lambda": 0.3}, {}, {})
+    lines = [json.dumps({"text": f"document {n}"}) for n in range(200)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    settings = {
+        "corpus.source": "jsonl",
+        "corpus.train_files": str(tmp_path / "texts.jsonl"),
+        "corpus.vocab_file": "bytes",
+        "pretrained.source": str(tmp_path / "decoder"),
+        "pretrained.memory": str(tmp_path / "memory"),
+    }
+    words = [f"--gin={name}={value!r}" for name, value in settings.items()]
+    mesh = ["--gin=mesh.fsdp=2", "--gin=mesh.tensor=2"]
+
+    def command(stage: str, folder: str) -> list[str]:
+        return ["-m", "mlp_memory", stage, f"--workdir={tmp_path / folder}", *words]
+
+    finish(start(*command("tokenize", "one")))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for stage in ("import", "import_memory", "export"):
+        finish(start(*command(stage, "one")), *start_two(*command(stage, "two"), *mesh))
+    for folder in ("decoder", "memory", "export"):
+        assert files_of(tmp_path / "two" / folder) == files_of(tmp_path / "one" / folder), folder
+    for name in ("decoder", "memory"):
+        weights = [tmp_path / place / name / "model.safetensors" for place in (".", "two/export")]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
