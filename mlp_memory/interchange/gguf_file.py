@@ -106,6 +106,11 @@ class GgufFile:
         turned = self._architecture == "gpt2" and name.endswith(_CONV1D)
         return shape[::-1] if turned else shape
 
+    def _is_same(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same bytes. Older converters wrote GPT-2's embedding twice."""
+        one, two = self._tensors[name], self._tensors[other]
+        return one.tensor_type == two.tensor_type and np.array_equal(one.data, two.data)
+
     def _need(self, name: str) -> Any:
         if name not in self._fields:
             raise UserError(f"{self._path}: metadata {name} is missing: fetch the file again")
@@ -118,6 +123,7 @@ class GgufFile:
         vocab_size = int(self._tensors["token_embd.weight"].shape[1])
         tied = "output.weight" not in self._tensors
         if a == "gpt2":
+            tied = tied or self._is_same("output.weight", "token_embd.weight")
             return {
                 "model_type": a,
                 "n_layer": self._need(f"{a}.block_count"),

@@ -275,9 +275,9 @@ def exported(model: nnx.Module, folder: Path) -> dict[str, np.ndarray]:
 
 
 GGUF_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q",
@@ -289,6 +289,15 @@ GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "transformer.wte": "token_embd",
+    "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm",
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
 }
 
 
@@ -299,24 +308,29 @@ def write_gguf(path: Path, config: DecoderConfig, tensors: dict[str, np.ndarray]
     writer.add_block_count(config.layers)
     writer.add_embedding_length(config.dim)
     writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.num_kv_heads)
     writer.add_feed_forward_length(config.hidden_dim)
-    writer.add_layer_norm_rms_eps(config.norm_epsilon)
-    writer.add_rope_freq_base(config.rope_base)
     writer.add_context_length(config.max_positions)
-    writer.add_key_length(config.head_dim)
+    if family == "gpt2":
+        writer.add_layer_norm_eps(config.norm_epsilon)
+    else:
+        writer.add_head_count_kv(config.num_kv_heads)
+        writer.add_layer_norm_rms_eps(config.norm_epsilon)
+        writer.add_rope_freq_base(config.rope_base)
+        writer.add_key_length(config.head_dim)
     if config.window:
         writer.add_sliding_window(config.window)
     for name, value in tensors.items():
         if family in ("llama", "mistral"):
             value = interleaved(value, config.heads) if "q_proj" in name else value
             value = interleaved(value, config.num_kv_heads) if "k_proj" in name else value
-        if name in GGUF_NAMES:
-            theirs = GGUF_NAMES[name]
+        elif ".c_" in name:  # Conv1D's [in, out]
+            value = np.ascontiguousarray(value.T)
+        stem, kind = name.rsplit(".", 1)
+        if stem in GGUF_NAMES:
+            theirs = f"{GGUF_NAMES[stem]}.{kind}"
         else:
-            _, _, layer, rest = name.split(".", 3)
-            stem, kind = rest.rsplit(".", 1)
-            theirs = f"blk.{layer}.{GGUF_NAMES[stem]}.{kind}"
+            _, _, layer, part = stem.split(".", 3)
+            theirs = f"blk.{layer}.{GGUF_NAMES[part]}.{kind}"
         if quantised and value.ndim == 2:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(theirs, gguf.quants.quantize(value, kind), raw_dtype=kind)
@@ -328,9 +342,10 @@ def write_gguf(path: Path, config: DecoderConfig, tensors: dict[str, np.ndarray]
     writer.close()
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
-def test_gguf_gives_the_parameters_that_were_written(name, make_decoder, mesh, tmp_path):
-    config = dataclasses.replace(SHAPES[name], tied=name != "llama")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
+def test_gguf_gives_the_parameters_that_were_written(name, tied, make_decoder, mesh, tmp_path):
+    config = dataclasses.replace(SHAPES[name], tied=tied)
     model = make_decoder(config)
     write_gguf(tmp_path / "m.gguf", config, exported(model, tmp_path / "m"), quantised=False)
     source = open_source(str(tmp_path / "m.gguf"))
@@ -338,12 +353,26 @@ def test_gguf_gives_the_parameters_that_were_written(name, make_decoder, mesh, t
     assert_same_bytes(load(source, mesh), model)
 
 
-def test_quantised_gguf_gives_parameters_within_its_rounding(make_decoder, mesh, tmp_path):
-    model = make_decoder(LLAMA)
-    write_gguf(tmp_path / "m.gguf", LLAMA, exported(model, tmp_path / "m"), quantised=True)
+def test_a_gpt2_whose_converter_wrote_the_embedding_twice_is_tied(make_decoder, mesh, tmp_path):
+    config = SHAPES["gpt2"]
+    model = make_decoder(config)
+    tensors = exported(model, tmp_path / "m")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    write_gguf(tmp_path / "m.gguf", config, tensors, quantised=False)
+    source = open_source(str(tmp_path / "m.gguf"))
+    assert source.config == config
+    assert_same_bytes(load(source, mesh), model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_quantised_gguf_gives_parameters_within_its_rounding(name, make_decoder, mesh, tmp_path):
+    # Q8_0 has blocks of 32 along a row.
+    config = dataclasses.replace(SHAPES[name], dim=32, heads=4, ffn_dim=64)
+    model = make_decoder(config)
+    write_gguf(tmp_path / "m.gguf", config, exported(model, tmp_path / "m"), quantised=True)
     found, wanted = (parameters(m) for m in (load(open_source(str(tmp_path / "m.gguf")), mesh), model))
     for name, value in wanted.items():
-        if name.endswith(("kernel", "embedding")):
+        if name.endswith(("kernel", "embedding", "positions")):
             assert 0 < np.abs(found[name] - value).max() < np.abs(value).max() / 100
         else:
             np.testing.assert_array_equal(found[name], value)
