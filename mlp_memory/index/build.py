@@ -40,7 +40,7 @@ def build_shard(
 ) -> None:
     """Builds and publishes one shard unless it is there already.
 
-    Memory: a block of keys and codes, some 200 MB, whatever the shard's rows.
+    Memory: a block of keys and codes, some 400 MB, whatever the shard's rows.
 
     Args:
       directory: WORKDIR/index.

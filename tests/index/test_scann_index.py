@@ -140,7 +140,7 @@ class Stream:
     def __len__(self): return len(self.valid)
     def has_next(self, start, stop): return self.valid[start:stop]
 keys = np.load(sys.argv[1] + "/keys.npy")
-config = IndexConfig(shards=2, leaves=400, recall_sample=50)
+config = IndexConfig(shards=2, leaves=400, dimensions_per_block=2, recall_sample=50)
 build_index(Directory(sys.argv[2]), keys, "datastore-1", Stream(), config, 20)
 rows, sqdist = open_index(Directory(sys.argv[2]), keys, Stream.valid).search(keys[:2000], 20)
 np.savez(sys.argv[2] + "/found.npz", rows=rows, sqdist=sqdist)
