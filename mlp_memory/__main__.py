@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import gin
@@ -306,6 +307,8 @@ def main() -> None:
     try:
         _dispatch(args)
     except UserError as error:
+        # Orbax leaves reads behind that a damaged file cut short, and Python would tell of each.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         print(f"error: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

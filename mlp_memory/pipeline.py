@@ -150,11 +150,11 @@ def _index(job: Job, directory: Directory) -> None:
 def _retrieve(job: Job, directory: Directory) -> None:
     from mlp_memory.targets.retrieve import Truth, Validation, retrieve
 
+    parents = job.fingerprints(*find_stage("retrieve").parents(job.config))
     config, validation, keys = job.config.retrieve, None, job.keys()
     if config.temperature == "auto":
         rows = job.held_out(config.validation_rows)
         validation = Validation(keys.queries(rows.taps_NxD), rows.base_log_prob_N, rows.labels_N)
-    parents = job.fingerprints(*find_stage("retrieve").parents(job.config))
     inputs = functools.partial(retrieve_inputs, job.workdir.location, job.config)
     truth = Truth(
         splits={split: job.stream(split) for split in ("validation", "test")},
