@@ -45,9 +45,10 @@ class Rates:
     k: int
 
 
-# docs/results.md: search by the law fitted from 125,000 to 721,000 rows (1.47 for all rows, 0.47 for
-# one), coding by the difference between these sizes; a nearest centre is one of some √n, hence its
-# exponent. Embedding as SmolLM2-135M and a decoder of 3 M both do it.
+# docs/results.md, "Cost against the number of keys": search by the law fitted from 125,000 to 721,000
+# rows (1.47 for all rows, 0.47 for one), coding by the difference between these sizes; a nearest
+# centre is one of some √n, hence its exponent. Embedding as SmolLM2-135M and a decoder of 3 M both
+# do it.
 MEASURED = Rates(
     flops=6e10,
     build=6e-5,
