@@ -177,7 +177,7 @@ def test_the_goal_is_refused_only_when_the_interval_rules_it_out(capsys):
         check_goal(certificate, dataclasses.replace(CONFIG, **goals))
 
     check(goal_recall=high, goal_tv=tv_low)
-    with pytest.raises(UserError, match=rf"recall@{K} is 0\.\d+ .*retrieve.goal_recall = .*raise index.target_recall"):
+    with pytest.raises(UserError, match=rf"recall@{K} is 0\.\d+ .*goal_recall = .*raise index.target_recall"):
         check(goal_recall=high + 1e-6, goal_tv=1.0)
     with pytest.raises(UserError, match=r"total variation .*retrieve.goal_tv = .*accept_below_goal"):
         check(goal_recall=0.0, goal_tv=tv_low - 1e-6)
