@@ -48,7 +48,7 @@ class RetrieveConfig:
     certificate_rows: int = 512
     certificate_seed: int = 0
     goal_recall: float = 0.95
-    goal_tv: float = 0.02
+    goal_tv: float = 0.05
     accept_below_goal: bool = runtime(False)
     audit_ngram: int = 13
 
