@@ -25,6 +25,7 @@ from mlp_memory.datastore.store import KeyStore
 from mlp_memory.decoder.windows import read, spread
 from mlp_memory.index.exact import exact_search
 from mlp_memory.index.neighbors import exclude_self, recall_at_k
+from mlp_memory.index.shards import single_rows
 from mlp_memory.targets.knn import SparseTargets, knn_distribution
 from mlp_memory.targets.temperature import median_spread
 
@@ -78,7 +79,7 @@ def neighbours(
     keys: Rows, valid_N: np.ndarray, sample_Q: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The sampled rows' k nearest others, exactly."""
-    queries_QxE = np.concatenate([np.asarray(keys[row : row + 1], np.float32) for row in sample_Q])
+    queries_QxE = single_rows(keys, sample_Q)
     return exclude_self(*exact_search(keys, valid_N, queries_QxE, k + 1), sample_Q, k)
 
 

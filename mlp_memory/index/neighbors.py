@@ -89,6 +89,12 @@ def exclude_self(
     return drop(rows_QxC, sqdist_QxC, rows_QxC == query_rows_Q[:, None], k)
 
 
+def hits(found_rows_QxC: np.ndarray, true_rows_Qxk: np.ndarray) -> np.ndarray:
+    """bool [Q, k]: which true neighbours of each query were found, by identity; -1 is none."""
+    found = [np.isin(true_k, found_C) for found_C, true_k in zip(found_rows_QxC, true_rows_Qxk)]
+    return (true_rows_Qxk >= 0) & np.stack(found)
+
+
 def recall_at_k(found_rows_Qxk: np.ndarray, true_rows_Qxk: np.ndarray) -> float:
     """Mean share of the true neighbours that were found, by identity; -1 counts on neither side.
 
@@ -98,7 +104,5 @@ def recall_at_k(found_rows_Qxk: np.ndarray, true_rows_Qxk: np.ndarray) -> float:
     true_count_Q = (true_rows_Qxk >= 0).sum(axis=1)
     if not true_count_Q.any():
         raise ValueError("recall of no neighbours")
-    hits_Q = np.array(
-        [np.isin(true[true >= 0], found).sum() for found, true in zip(found_rows_Qxk, true_rows_Qxk)]
-    )
+    hits_Q = hits(found_rows_Qxk, true_rows_Qxk).sum(axis=1)
     return float((hits_Q[true_count_Q > 0] / true_count_Q[true_count_Q > 0]).mean())

@@ -143,13 +143,14 @@ class ExactShard:
     ):
         self._start = rows[0]
         self._keys, self._valid_S = RowRange(keys, *rows), valid_N[rows[0] : rows[1]]
-        self._options = {"mesh": mesh, "approximate_recall": approximate_recall}
+        self._mesh, self._approximate_recall = mesh, approximate_recall
 
     def search(self, queries_QxE: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if not len(queries_QxE) or not self._valid_S.any():
             shape = (len(queries_QxE), k)
             return np.full(shape, -1, np.int64), np.full(shape, np.inf, np.float32)
         queries_QxE = np.ascontiguousarray(queries_QxE, np.float32)
-        options = {name: value for name, value in self._options.items() if value is not None}
-        rows_Qxk, sqdist_Qxk = exact_search(self._keys, self._valid_S, queries_QxE, k, **options)
+        rows_Qxk, sqdist_Qxk = exact_search(
+            self._keys, self._valid_S, queries_QxE, k, self._mesh, self._approximate_recall
+        )
         return np.where(rows_Qxk < 0, -1, rows_Qxk + self._start), sqdist_Qxk

@@ -40,6 +40,11 @@ def shard_count(rows: int, dimension: int, config: IndexConfig) -> int:
     return config.shards or max(math.ceil(4 * rows * dimension / (config.shard_gigabytes * 1e9)), 1)
 
 
+def single_rows(keys: Rows, rows_Q: np.ndarray) -> np.ndarray:
+    """The keys of some rows, float32 [Q, E]; cheapest where the rows ascend."""
+    return np.concatenate([np.asarray(keys[row : row + 1], np.float32) for row in rows_Q.tolist()])
+
+
 def bytes_per_key(dimension: int, config: IndexConfig) -> int:
     """Bytes on disk, at most, of a key in a ScaNN shard: kept for reordering, coded, its leaf."""
     codes = math.ceil(dimension / (config.dimensions_per_block or 1)) + NORM_CODES

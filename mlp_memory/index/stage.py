@@ -16,10 +16,10 @@ from mlp_memory.index import scann_shard, tuning
 from mlp_memory.index.build import build_shard
 from mlp_memory.index.config import IndexConfig
 from mlp_memory.index.exact import Rows, exact_search
-from mlp_memory.index.neighbors import exclude_self
+from mlp_memory.index.neighbors import exclude_self, hits
 from mlp_memory.index.scann_shard import GAPS, ScannShard, Trained
 from mlp_memory.index.search import Index
-from mlp_memory.index.shards import Stream, bytes_per_key, checked_blocks, shard_count
+from mlp_memory.index.shards import Stream, bytes_per_key, checked_blocks, shard_count, single_rows
 from mlp_memory.index.tuning import Setting, Structure
 from mlp_memory.training.progress import Progress
 
@@ -50,7 +50,8 @@ def build_index(
     `neighbors_k` neighbours on sampled rows, each row itself excluded. Memory: a shard's keys and
     codes (4.5·d bytes per row), the sample, and what `exact_search` takes.
 
-    Facts: backend, shards, recall, recall_k, recall_rows, keys; with ScaNN also leaves,
+    Facts: backend, shards, recall, recall_k, recall_rows, keys; approximate_recall, if the exact
+    backend was given one; with ScaNN also leaves,
     dimensions_per_block, leaves_to_search, reorder, and tuning: what was tried.
 
     Args:
@@ -83,6 +84,8 @@ def build_index(
         for _ in checked_blocks(keys, stream, 0, rows):
             pass
         measured = {"recall": config.approximate_recall or 1.0, "recall_rows": 0}
+        if config.approximate_recall:
+            measured["approximate_recall"] = config.approximate_recall
     else:
         _say_needs(rows, keys.shape[1], shards, config)
         measured = _build_and_tune(work)
@@ -245,7 +248,7 @@ class _Pilots:
         rng = np.random.default_rng(work.config.sample_seed)
         asked_Q = np.sort(rng.choice(samples, size=min(_PILOT_QUERIES, samples), replace=False))
         self._queries_QxD, every = sample_SxD[asked_Q], np.ones(samples, bool)
-        found = _exact(work.mesh, sample_SxD, every, self._queries_QxD, self._k + 1)
+        found = exact_search(sample_SxD, every, self._queries_QxD, self._k + 1, work.mesh)
         self._truth_Qxk, _ = exclude_self(*found, asked_Q, self._k)
         self._tried: list[tuple[tuple[bool, float], _Plan]] = []
         self.table: list[dict[str, Any]] = []
@@ -269,7 +272,7 @@ class _Pilots:
     def _recall(self, shard: ScannShard, setting: Setting) -> np.ndarray:
         shard.leaves_to_search, shard.reorder = setting.leaves_to_search, setting.reorder
         found, _ = shard.search(self._queries_QxD, self._k + 1)
-        return _hits(found, self._truth_Qxk) / (self._truth_Qxk >= 0).sum(1)
+        return hits(found, self._truth_Qxk).sum(1) / (self._truth_Qxk >= 0).sum(1)
 
     def ranked(self) -> list[tuple[_Plan, bool]]:
         """Plans that reach the goal, the cheapest first, and then those that do not; and whether."""
@@ -287,18 +290,6 @@ def _loaded_pilot(trained: Trained, sample_SxD: np.ndarray) -> Iterator[ScannSha
         yield ScannShard(folder, 0, 0)
 
 
-def _hits(found_Qxc: np.ndarray, truth_Qxk: np.ndarray) -> np.ndarray:
-    """How many of each query's true neighbours were found."""
-    return np.array([np.isin(true[true >= 0], found).sum() for found, true in zip(found_Qxc, truth_Qxk)])
-
-
-def _exact(
-    mesh: Mesh | None, keys: Rows, valid_N: np.ndarray, queries_QxD: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    options = {} if mesh is None else {"mesh": mesh}
-    return exact_search(keys, valid_N, queries_QxD, k, **options)
-
-
 class _Oracle:
     """Sampled rows with their true neighbours, by which searches of the index are measured.
 
@@ -312,10 +303,8 @@ class _Oracle:
         self.count = min(work.config.recall_sample, len(valid_rows))
         rng = np.random.default_rng(work.config.sample_seed)
         self._asked_Q = np.sort(rng.choice(valid_rows, size=self.count, replace=False))
-        self._queries_QxD = np.concatenate(
-            [np.asarray(work.keys[row : row + 1], np.float32) for row in self._asked_Q]
-        )
-        found = _exact(work.mesh, work.keys, work.valid_N, self._queries_QxD, work.k + 1)
+        self._queries_QxD = single_rows(work.keys, self._asked_Q)
+        found = exact_search(work.keys, work.valid_N, self._queries_QxD, work.k + 1, work.mesh)
         self._truth_Qxk, _ = exclude_self(*found, self._asked_Q, work.k)
 
     def choose(self, structure: Structure, near: Setting) -> tuple[tuning.Trial, list[tuning.Trial]]:
@@ -330,12 +319,12 @@ class _Oracle:
     def _recalls(self, settings: list[Setting]) -> Iterator[np.ndarray]:
         """Every shard is loaded once for all settings: what a shard finds of the true, all shards would."""
         work, truth = self._work, self._truth_Qxk
-        hits = np.zeros((len(settings), self.count), np.int64)
+        counts = np.zeros((len(settings), self.count), np.int64)
         for s in range(work.shards if settings else 0):
             shard = self._index.shard(s)
             for number, setting in enumerate(settings):
                 shard.leaves_to_search, shard.reorder = setting.leaves_to_search, setting.reorder
-                hits[number] += _hits(shard.search(self._queries_QxD, work.k + 1)[0], truth)
+                counts[number] += hits(shard.search(self._queries_QxD, work.k + 1)[0], truth).sum(1)
         true = (truth >= 0).sum(1)
         # A single key has no neighbours to miss.
-        yield from np.where(true > 0, hits / np.maximum(true, 1), 1.0)
+        yield from np.where(true > 0, counts / np.maximum(true, 1), 1.0)

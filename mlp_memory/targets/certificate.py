@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlp_memory.artifacts import UserError
+from mlp_memory.index.neighbors import hits
 from mlp_memory.targets.config import RetrieveConfig
 from mlp_memory.targets.divergence import SKEW, divergence
 from mlp_memory.targets.knn import knn_distribution
@@ -86,7 +87,8 @@ def certify_search(
       candidates: asked of either search, before exclusion.
       shards: first row of each index shard and one past its last.
       scored_rows: rows with a next token that the sample was drawn from.
-      approximate_recall: goal of the exact search's own approximation; None where there is none.
+      approximate_recall: the goal that the exact backend's `approx_max_k` was given; None where
+        there is none. The exact search that it is held against never approximates.
 
     Raises:
       ValueError: the lists differ in shape, or there are none.
@@ -94,8 +96,7 @@ def certify_search(
     (found_rows, _), (exact_rows, _) = found, exact
     if found_rows.shape != exact_rows.shape or not len(found_rows):
         raise ValueError(f"lists {found_rows.shape} and {exact_rows.shape} must be alike and not empty")
-    there_Qxk = exact_rows >= 0
-    hit_Qxk = there_Qxk & _is_in(exact_rows, found_rows)
+    there_Qxk, hit_Qxk = exact_rows >= 0, hits(found_rows, exact_rows)
     draws_SxQ = _draws(len(found_rows), config.certificate_seed)
     certificate = {
         "schema": SCHEMA,
@@ -117,7 +118,7 @@ def certify_search(
             "context": config.exclude_context,
             "candidates": candidates,
         },
-        "exact_search": {"approximate_recall": approximate_recall},
+        "index": {"approximate_recall": approximate_recall},
         "skew": SKEW,
         "recall": _recall(there_Qxk, hit_Qxk, draws_SxQ),
         **_distances(found, tau, exact, tau, labels_N, config, draws_SxQ),
@@ -145,7 +146,7 @@ def certify_store(
     states_tau = tau * median_spread(states[1]) / median_spread(exact[1])
     return {
         "states_temperature": states_tau,
-        "recall": _recall(there_Qxk, there_Qxk & _is_in(states[0], found[0]), draws_SxQ),
+        "recall": _recall(there_Qxk, hits(found[0], states[0]), draws_SxQ),
         **_distances(found, tau, states, states_tau, labels_N, config, draws_SxQ),
     }
 
@@ -247,9 +248,8 @@ def certificate_lines(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
     if len(certificate["shards"]) > 1 and shards:
         count = len(certificate["shards"])
         lines.append(("recall by shard", f"{min(shards):.3f} … {max(shards):.3f} over {count} shards"))
-    approximate = certificate["exact_search"]["approximate_recall"]
-    if approximate is not None:
-        lines.append(("exact search", f"approximate itself, with a recall of {approximate:g} as its goal"))
+    if (goal_given := certificate["index"]["approximate_recall"]) is not None:
+        lines.append(("index", f"approximate top k on the mesh, with a recall of {goal_given:g} as its goal"))
     if kept := certificate.get("kept_mass", {}).get("percentiles"):
         mean = certificate["kept_mass"]["mean"]
         text = f"{mean:.3f} in the mean, 5 % of rows below {kept['5']:.3f}"
@@ -297,11 +297,6 @@ def _distances(
             "kl_infinite_share": _round(off.infinite_Q.mean()),
         }
     return parts
-
-
-def _is_in(rows_Qxk: np.ndarray, others_Qxk: np.ndarray) -> np.ndarray:
-    """bool [Q, k]: whether each row is in the same list of the others."""
-    return np.stack([np.isin(rows_k, others_k) for rows_k, others_k in zip(rows_Qxk, others_Qxk)])
 
 
 def _draws(rows: int, seed: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from mlp_memory.artifacts import (
     written_chunks,
 )
 from mlp_memory.index.exact import Rows, exact_search
+from mlp_memory.index.shards import single_rows
 from mlp_memory.parallel.config import FleetConfig
 from mlp_memory.parallel.fleet import run_units
 from mlp_memory.targets.candidates import CandidateLists
@@ -75,7 +76,7 @@ class Truth(NamedTuple):
       mesh: devices that exact search runs on; the first one if None.
     """
 
-    splits: Mapping[str, Stream] = {}
+    splits: Mapping[str, Stream]
     states: Rows | None = None
     mesh: Mesh | None = None
 
@@ -87,7 +88,7 @@ def retrieve(
     config: RetrieveConfig,
     validation: Validation | tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
     fleet: FleetConfig | None = None,
-    truth: Truth = Truth(),  # noqa: B008 (immutable)
+    truth: Truth | None = None,
 ) -> None:
     """Writes WORKDIR/targets; goes on where an earlier start stopped.
 
@@ -120,13 +121,13 @@ def retrieve(
       config: what to make.
       validation: decides the temperature where that is "auto"; keys in the search space.
       fleet: who does the work; this process if None.
-      truth: what the teacher is held against.
+      truth: what the teacher is held against besides exact search over the keys.
 
     Raises:
       UserError: temperature is "auto" and there is no validation sample; the folder holds
         targets made otherwise; keys and stream differ in length; the search finds too little.
     """
-    fleet = fleet or FleetConfig()
+    fleet, truth = fleet or FleetConfig(), truth or Truth({})
     inputs = open_inputs()
     stream, rows = inputs.stream, len(inputs.stream)
     if inputs.keys.shape[0] != rows:
@@ -192,7 +193,7 @@ def _certify(
     def lists(found: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return exclusion.exclude(*found, sample_Q)
 
-    queries_QxE = _rows_of(inputs.keys, sample_Q)
+    queries_QxE = single_rows(inputs.keys, sample_Q)
     found = lists(index.search(queries_QxE, count))
     exact = lists(exact_search(inputs.keys, valid_N, queries_QxE, count, truth.mesh))
     certificate = certify_search(
@@ -209,14 +210,9 @@ def _certify(
     )
     if truth.states is None:
         return certificate
-    states_QxD = _rows_of(truth.states, sample_Q)
+    states_QxD = single_rows(truth.states, sample_Q)
     whole = lists(exact_search(truth.states, valid_N, states_QxD, count, truth.mesh))
     return {**certificate, "store": certify_store(found, exact, whole, next_tokens, tau, config)}
-
-
-def _rows_of(keys: Rows, rows_Q: np.ndarray) -> np.ndarray:
-    """Single rows, ascending, as float32 [Q, E]."""
-    return np.concatenate([np.asarray(keys[row : row + 1], np.float32) for row in rows_Q.tolist()])
 
 
 def _make_worker(

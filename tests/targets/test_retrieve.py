@@ -221,3 +221,13 @@ def test_held_out_text_that_train_holds_is_named_in_the_certificate(world, tmp_p
     (copy,) = json.loads((tmp_path / "certificate.json").read_bytes())["overlap"]["splits"]["test"]["copies"]
     assert (copy["train_document"], copy["train_rows"]) == (longest, [start, stop])
     assert f"audit: test document 0 (rows 0..{stop - start - 1}) is 100 %" in capsys.readouterr().err
+
+
+def test_the_goal_of_an_approximate_exact_backend_is_in_the_certificate(world, tmp_path):
+    config = IndexConfig(backend="exact", approximate_recall=0.9)
+    build_index(Directory(tmp_path / "index"), world.reader, "datastore-1", world.stream, config, CONFIG.k)
+    index = open_index(Directory(tmp_path / "index"), world.reader, world.stream.has_next(0, N))
+    run(dataclasses.replace(world, index=index), tmp_path / "targets")
+    certificate = json.loads((tmp_path / "targets/certificate.json").read_bytes())
+    assert certificate["index"] == {"approximate_recall": 0.9}
+    assert certificate["recall"]["mean"] > 0.9
