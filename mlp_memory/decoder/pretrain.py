@@ -18,15 +18,17 @@ from mlp_memory.decoder.windows import WindowPlan, WindowSource, read, spread
 from mlp_memory.training import checkpoints
 from mlp_memory.training.batches import Batches
 from mlp_memory.training.loop import Task, compute_dtype, train
-from mlp_memory.training.sparse_head import label_log_prob
+from mlp_memory.training.sparse_head import sparse_cross_entropy
 
 
-def language_model_loss(model: Decoder, dtype: Any, batch: dict[str, jax.Array], remat: str) -> jax.Array:
+def language_model_loss(
+    model: Decoder, dtype: Any, batch: dict[str, jax.Array], remat: str, mesh: Mesh | None = None
+) -> jax.Array:
     """Summed cross-entropy of the next tokens, nats, over weighted positions."""
     hidden, _ = model(batch["tokens"], batch["segments"], dtype=dtype, remat=remat)
-    labels_N, weight_N = batch["labels"].reshape(-1), batch["weight"].reshape(-1)
-    log_prob_N = label_log_prob(hidden.reshape(labels_N.size, -1), model.head_kernel(), labels_N)
-    return -(log_prob_N * weight_N).sum()
+    labels_Nx1, weight_Nx1 = batch["labels"].reshape(-1, 1), batch["weight"].reshape(-1, 1)
+    hidden_NxD = hidden.reshape(labels_Nx1.size, -1)
+    return sparse_cross_entropy(hidden_NxD, model.head_kernel(), labels_Nx1, weight_Nx1, mesh)
 
 
 def pretrain(
@@ -67,7 +69,7 @@ def pretrain(
     task = Task(
         name=directory.location.rsplit("/", 1)[-1],
         make_model=lambda rngs: Decoder(model_config, rngs),
-        loss=lambda model, frozen, batch, key: language_model_loss(model, dtype, batch, config.remat),
+        loss=lambda model, frozen, batch, key: language_model_loss(model, dtype, batch, config.remat, mesh),
         batches=Batches(WindowSource(train_stream, config.context), config.batch_size, config.seed),
         evaluate=evaluate,
         unit="tokens",

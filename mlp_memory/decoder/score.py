@@ -49,7 +49,8 @@ class RowReader:
             model = nnx.merge(graphdef, params)
             hidden, tapped = model(arrays["tokens"], arrays["segments"], tap, dtype)
             labels_N = arrays["labels"].reshape(-1)
-            log_prob_N = label_log_prob(hidden.reshape(labels_N.size, -1), model.head_kernel(), labels_N)
+            hidden_NxD = hidden.reshape(labels_N.size, -1)
+            log_prob_N = label_log_prob(hidden_NxD, model.head_kernel(), labels_N, mesh)
             return tapped.astype(jnp.float32), log_prob_N.reshape(arrays["labels"].shape)
 
         def tap_only(params: nnx.State, arrays: dict[str, jax.Array]) -> jax.Array:

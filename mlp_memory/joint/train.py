@@ -40,6 +40,7 @@ def mixture_loss(
     through_memory: bool,
     dtype: Any = jnp.float32,
     remat: str = "none",
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """−Σ log(λ·p_M(y) + (1 − λ)·p_LM(y)) over weighted positions, nats.
 
@@ -52,13 +53,14 @@ def mixture_loss(
       through_memory: False cuts the gradient at the memory's input.
       dtype: of the computation.
       remat: see `scan_blocks`.
+      mesh: devices that the batch is split over.
     """
     hidden, tapped = decoder(batch["tokens"], batch["segments"], tap, dtype, remat)
     labels_N, weight_N = batch["labels"].reshape(-1), batch["weight"].reshape(-1)
     tapped = tapped if through_memory else jax.lax.stop_gradient(tapped)
-    base_N = label_log_prob(hidden.reshape(labels_N.size, -1), decoder.head_kernel(), labels_N)
+    base_N = label_log_prob(hidden.reshape(labels_N.size, -1), decoder.head_kernel(), labels_N, mesh)
     memory_hidden = memory(tapped.reshape(labels_N.size, -1), dtype=dtype, remat=remat)
-    memory_N = label_log_prob(memory_hidden, memory.head_kernel(), labels_N)
+    memory_N = label_log_prob(memory_hidden, memory.head_kernel(), labels_N, mesh)
     return -(mixture_log_prob(memory_N, base_N, weight) * weight_N).sum()
 
 
@@ -110,6 +112,7 @@ def train_joint(
             config.through_memory,
             dtype,
             config.remat,
+            mesh,
         ),
         batches=Batches(WindowSource(train_stream, config.context), config.batch_size, config.seed),
         evaluate=evaluate,

@@ -20,7 +20,7 @@ from mlp_memory.targets.interpolation import best_lambda
 from mlp_memory.training import checkpoints
 from mlp_memory.training.batches import Batches, Nearby
 from mlp_memory.training.loop import Task, compute_dtype, train
-from mlp_memory.training.sparse_head import named_logits, sparse_cross_entropy
+from mlp_memory.training.sparse_head import sparse_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,13 @@ class TargetSource:
 
 
 def distillation_loss(
-    model: Memory, batch: dict[str, jax.Array], alpha: float, key: jax.Array, dtype: Any, remat: str
+    model: Memory,
+    batch: dict[str, jax.Array],
+    alpha: float,
+    key: jax.Array,
+    dtype: Any,
+    remat: str,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Σ over rows of α·KL(p_kNN ‖ p_M) + (1 − α)·CE(y, p_M) + α·H(p_kNN), nats.
 
@@ -89,15 +95,15 @@ def distillation_loss(
       key: dropout seed.
       dtype: of the computation.
       remat: see `scan_blocks`.
+      mesh: devices that the batch is split over.
     """
     flat = {k: v.reshape(batch["labels"].size, *v.shape[batch["labels"].ndim :]) for k, v in batch.items()}
     teacher_NxM = alpha * flat["probs"]
     next_N = 1.0 - teacher_NxM.sum(-1)
     ids_NxM1 = jnp.concatenate([flat["token_ids"], flat["labels"][:, None]], axis=-1)
     weights_NxM1 = jnp.concatenate([teacher_NxM, next_N[:, None]], axis=-1) * flat["weight"][:, None]
-    hidden = model(flat["h"], key, dtype, remat)
-    z, lse = named_logits(hidden, model.head_kernel(), ids_NxM1)
-    return sparse_cross_entropy(z, lse, weights_NxM1).sum()
+    hidden_NxD = model(flat["h"], key, dtype, remat)
+    return sparse_cross_entropy(hidden_NxD, model.head_kernel(), ids_NxM1, weights_NxM1, mesh)
 
 
 def _batches(source: TargetSource, states: Rows, config: DistillConfig) -> Batches:
@@ -177,7 +183,7 @@ def distill(
         name="distill",
         make_model=lambda rngs: Memory(model_config, rngs),
         loss=lambda model, frozen, batch, key: distillation_loss(
-            model, batch, config.alpha, key, dtype, config.remat
+            model, batch, config.alpha, key, dtype, config.remat, mesh
         ),
         batches=_batches(source, states, config),
         evaluate=evaluate,

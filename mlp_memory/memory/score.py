@@ -40,7 +40,8 @@ def memory_log_probs(
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
     def score(params: nnx.State, arrays: dict[str, jax.Array]) -> jax.Array:
         model = nnx.merge(graphdef, params)
-        return label_log_prob(model(arrays["h"], dtype=dtype), model.head_kernel(), arrays["labels"])
+        hidden_NxD = model(arrays["h"], dtype=dtype)
+        return label_log_prob(hidden_NxD, model.head_kernel(), arrays["labels"], mesh)
 
     found = []
     for start in range(0, len(h_NxD), batch):

@@ -3,16 +3,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlp_memory.training.sparse_head import label_log_prob, named_logits, sparse_cross_entropy
+from mlp_memory.training.sparse_head import label_log_prob, sparse_cross_entropy
 
-# chunk_elements: the default (no chunking), chunks that do not divide N, one token at a time.
-CHUNKS = [1 << 24, 5, 1]
+# chunk_elements as a function of V: the default (no chunking), chunks of several tokens that do
+# not divide N, one token at a time, and less than one token.
+CHUNKS = [lambda v: None, lambda v: 5 * v - 1, lambda v: v, lambda v: 1]
 
 
-def shapes(rng):
-    return (
-        int(x) for x in (rng.integers(2, 30), rng.integers(2, 9), rng.integers(3, 40), rng.integers(1, 7))
-    )
+@pytest.fixture
+def head(rng):
+    """Random states, kernel, ids (some repeated) and weights (some 0, one target empty) of random sizes."""
+    n, d, v, m = (int(rng.integers(*bounds)) for bounds in ((2, 40), (2, 9), (3, 60), (1, 9)))
+    ids, weights = rng.integers(0, v, (n, m)), rng.random((n, m)).astype(np.float32)
+    ids[:, -1] = ids[:, 0]
+    weights[rng.random((n, m)) < 0.3] = 0
+    weights[int(rng.integers(n))] = 0
+    hidden, kernel = rng.normal(size=(n, d)).astype(np.float32), rng.normal(size=(d, v)).astype(np.float32)
+    return hidden, kernel, ids, weights
 
 
 def dense_targets(ids_NxM, weights_NxM, vocab):
@@ -24,71 +31,89 @@ def dense_targets(ids_NxM, weights_NxM, vocab):
     return dense_NxV
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
-def test_named_logits_are_those_of_the_dense_product(rng, chunk):
-    n, d, v, m = shapes(rng)
-    hidden, kernel = rng.normal(size=(n, d)).astype(np.float32), rng.normal(size=(d, v)).astype(np.float32)
-    ids = rng.integers(0, v, (n, m))
-    z_NxM, lse_N = named_logits(hidden, kernel, ids, chunk if chunk > 5 else chunk * v + int(rng.integers(v)))
-    dense_NxV = hidden.astype(np.float64) @ kernel
-    assert z_NxM.shape == (n, m)
-    assert z_NxM.dtype == lse_N.dtype == jnp.float32
-    np.testing.assert_allclose(z_NxM, np.take_along_axis(dense_NxV, ids, 1), atol=1e-4)
-    np.testing.assert_allclose(lse_N, np.log(np.exp(dense_NxV).sum(-1)), atol=1e-4)
+def dense_loss(hidden, kernel, ids, weights):
+    """−Σ t log p in float64, and its gradients, written out."""
+    z_NxV = hidden.astype(np.float64) @ kernel.astype(np.float64)
+    log_p_NxV = z_NxV - np.log(np.exp(z_NxV).sum(-1, keepdims=True))
+    t_NxV = dense_targets(ids, weights, kernel.shape[1])
+    dz_NxV = np.exp(log_p_NxV) * t_NxV.sum(-1, keepdims=True) - t_NxV
+    return -(t_NxV * log_p_NxV).sum(), (dz_NxV @ kernel.T, hidden.T @ dz_NxV)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_sparse_loss_and_gradients_are_those_of_the_dense_loss(rng, chunk):
-    n, d, v, m = shapes(rng)
-    hidden, kernel = rng.normal(size=(n, d)).astype(np.float32), rng.normal(size=(d, v)).astype(np.float32)
-    ids = rng.integers(0, v, (n, m))
-    ids[:, -1] = ids[:, 0]  # repeated
-    weights = rng.random((n, m)).astype(np.float32)
-    weights[rng.random((n, m)) < 0.3] = 0
-    weights[0] = 0  # an empty target
-    dense_NxV = jnp.asarray(dense_targets(ids, weights, v), jnp.float32)
+@pytest.mark.parametrize("trial", range(5))
+def test_sparse_loss_and_gradients_are_those_of_the_dense_loss(head, chunk, trial):
+    hidden, kernel, ids, weights = head
 
-    def sparse(hidden, kernel):
-        chunk_elements = chunk if chunk > 5 else chunk * v
-        return sparse_cross_entropy(*named_logits(hidden, kernel, ids, chunk_elements), weights)
+    def loss(hidden, kernel):
+        return sparse_cross_entropy(hidden, kernel, ids, weights, chunk_elements=chunk(kernel.shape[1]))
 
-    def dense(hidden, kernel):
-        return -(dense_NxV * jax.nn.log_softmax(hidden @ kernel)).sum(-1)
-
-    np.testing.assert_allclose(sparse(hidden, kernel), dense(hidden, kernel), atol=1e-4)
-    pull = rng.normal(size=n).astype(np.float32)
-    found, expected = (
-        jax.jit(jax.grad(lambda h, k, f=f: (f(h, k) * pull).sum(), argnums=(0, 1)))(hidden, kernel)
-        for f in (sparse, dense)
-    )
-    for a, b in zip(found, expected):
-        np.testing.assert_allclose(a, b, atol=2e-4)
-    assert (np.asarray(found[0])[0] == 0).all()
+    expected, gradients = dense_loss(hidden, kernel, ids, weights)
+    np.testing.assert_allclose(jax.jit(loss)(hidden, kernel), expected, rtol=1e-5)
+    value, found = jax.jit(jax.value_and_grad(lambda *x: 3 * loss(*x), (0, 1)))(hidden, kernel)
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, 3 * expected, rtol=1e-5)
+    for a, b in zip(found, gradients):
+        np.testing.assert_allclose(a, 3 * b, atol=3e-5)
+    assert (np.asarray(found[0])[weights.sum(-1) == 0] == 0).all()
 
 
-def test_label_log_probs_are_of_a_distribution(rng):
-    n, d, v, _ = shapes(rng)
-    hidden, kernel = rng.normal(size=(n, d)).astype(np.float32), rng.normal(size=(d, v)).astype(np.float32)
-    log_probs = np.stack([label_log_prob(hidden, kernel, np.full(n, token)) for token in range(v)])
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_label_log_probs_and_their_gradients_token_by_token(head, rng, chunk):
+    hidden, kernel, ids, _ = head
+    pull, labels = rng.normal(size=len(ids)).astype(np.float32), ids[:, 0]
+
+    def log_prob(hidden, kernel):
+        return label_log_prob(hidden, kernel, labels, chunk_elements=chunk(kernel.shape[1]))
+
+    for row in range(len(labels)):
+        one = slice(row, row + 1)
+        loss, _ = dense_loss(hidden[one], kernel, labels[one, None], np.ones((1, 1)))
+        np.testing.assert_allclose(jax.jit(log_prob)(hidden, kernel)[row], -loss, rtol=1e-5, atol=1e-5)
+    found = jax.jit(jax.grad(lambda *x: (log_prob(*x) * pull).sum(), (0, 1)))(hidden, kernel)
+    for a, b in zip(found, dense_loss(hidden, kernel, labels[:, None], -pull[:, None])[1]):
+        np.testing.assert_allclose(a, b, atol=3e-5)
+
+
+def test_label_log_probs_are_of_a_distribution(head):
+    hidden, kernel, *_ = head
+    tokens = range(kernel.shape[1])
+    log_probs = np.stack([label_log_prob(hidden, kernel, np.full(len(hidden), v)) for v in tokens])
     np.testing.assert_allclose(np.exp(log_probs).sum(0), 1, atol=1e-5)
+
+
+def test_bfloat16_states_give_bfloat16_gradients_near_the_exact_ones(head):
+    hidden, kernel, ids, weights = head
+    hidden = jnp.asarray(hidden, jnp.bfloat16)
+    kernel = np.asarray(jnp.asarray(kernel, jnp.bfloat16), np.float32)  # so that only products are rounded
+    value, found = jax.value_and_grad(sparse_cross_entropy, (0, 1))(hidden, kernel, ids, weights)
+    expected, gradients = dense_loss(np.asarray(hidden, np.float32), kernel, ids, weights)
+    assert value.dtype == jnp.float32
+    assert [g.dtype for g in found] == [jnp.bfloat16, jnp.float32]
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    for a, b in zip(found, gradients):
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=0.02 * np.abs(b).max())
 
 
 def test_huge_logits_stay_finite(rng):
     hidden, kernel = np.full((3, 2), 1e4, np.float32), rng.normal(size=(2, 9)).astype(np.float32)
-    assert np.isfinite(label_log_prob(hidden, kernel, np.array([0, 4, 8]))).all()
+    labels = np.array([0, 4, 8])
+    assert np.isfinite(label_log_prob(hidden, kernel, labels)).all()
+    gradients = jax.grad(sparse_cross_entropy, (0, 1))(hidden, kernel, labels[:, None], np.ones((3, 1)))
+    assert all(np.isfinite(g).all() for g in gradients)
 
 
-def test_no_array_of_tokens_by_vocabulary_is_made_when_chunked():
+@pytest.mark.parametrize(
+    "loss", [sparse_cross_entropy, lambda h, k, ids, t, *x: label_log_prob(h, k, ids[:, 0], *x).sum()]
+)
+def test_no_array_of_tokens_by_vocabulary_is_made_when_chunked(loss):
     n, d, v = 64, 4, 1000
-
-    def loss(hidden, kernel, ids):
-        z, lse = named_logits(hidden, kernel, ids, chunk_elements=8 * v)
-        return sparse_cross_entropy(z, lse, jnp.ones_like(z)).sum()
-
     shapes = (
         jax.ShapeDtypeStruct((n, d), jnp.float32),
         jax.ShapeDtypeStruct((d, v), jnp.float32),
         jax.ShapeDtypeStruct((n, 2), jnp.int32),
+        jax.ShapeDtypeStruct((n, 2), jnp.float32),
     )
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile()
+    gradient = jax.grad(lambda *x: loss(*x, None, 8 * v), argnums=(0, 1))
+    compiled = jax.jit(gradient).lower(*shapes).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < n * v * 4
