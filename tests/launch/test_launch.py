@@ -162,6 +162,15 @@ def test_the_examples_of_the_help_are_accepted(script, machine):
     assert machine.calls() == []
 
 
+def test_the_examples_of_the_guide_are_accepted(machine):
+    machine.folder = ROOT
+    examples = re.findall(r"`(launch/\w+\.sh --.*?)`", (ROOT / "docs" / "guide.md").read_text())
+    assert {example.split()[0] for example in examples} == {f"launch/{script}" for script in EXAMPLES}
+    for example in examples:
+        result = machine.run(*shlex.split(example.replace("RECIPE", RECIPE)), "--dry-run")
+        assert (result.returncode, result.stderr) == (0, ""), example
+
+
 @pytest.mark.parametrize("script", sorted(EXAMPLES))
 def test_a_dry_run_runs_nothing(script, machine):
     result = machine.launch(script, "--dry-run")
