@@ -69,10 +69,10 @@ signal_processes() {
   for process in $(jobs -rp); do kill "-$1" "$process" 2>/dev/null || true; done
 }
 
-# Ends what still runs: SIGTERM, and SIGKILL after the grace.
-end_processes() {
+# Waits for what was told to end, and kills it after the grace. A second SIGTERM would cut short the
+# checkpoint that the first one asked for.
+await_end() {
   local deadline=$((SECONDS + grace))
-  signal_processes TERM
   while [[ -n $(jobs -rp) ]] && ((SECONDS < deadline)); do sleep 0.2; done
   signal_processes KILL
   wait
@@ -93,12 +93,13 @@ for ((starts = 1; ; starts++)); do
     wait -n || code=$?
   done
   if ((stopped)); then
-    end_processes
+    await_end
     echo "stopped; the same command goes on from here" >&2
     exit "$stopped"
   fi
   ((code)) || exit 0
-  end_processes
+  signal_processes TERM
+  await_end
   if ((code == 2 || code == 130 || code == 143 || starts > restarts)); then exit "$code"; fi
   echo "a process ended with exit code $code: start $((starts + 1)) of $((restarts + 1))" >&2
 done

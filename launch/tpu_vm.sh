@@ -103,9 +103,11 @@ run tar --create --gzip --file="$archive" --directory="$root" --exclude-vcs \
   --exclude='./.venv*' --exclude=./runs --exclude=__pycache__ .
 run gcloud compute tpus tpu-vm scp "$archive" "$name:mlp_memory.tar.gz" "${place[@]}" --worker=all
 
-# The images have an older Python than this project takes, so uv brings one. [.] keeps pkill from
-# finding the shell that runs it.
-on_all_workers "timeout 600 bash -c 'while pkill --full \"[.]venv/bin/python -m mlp_memory\"; do sleep 5; done' \
+# An earlier process is told once, since a second SIGTERM would cut short the checkpoint that the first
+# asked for. [.] keeps the shell that looks for it from finding itself. The images have an older Python
+# than this project takes, so uv brings one.
+earlier='"[.]venv/bin/python -m mlp_memory"'
+on_all_workers "timeout 600 bash -c 'pkill --full $earlier; while pgrep --full $earlier; do sleep 5; done' \
 && mkdir -p mlp_memory && tar --extract --gzip --file=mlp_memory.tar.gz --directory=mlp_memory && cd mlp_memory \
 && python3 -m pip install --quiet --user uv \
 && { test -x .venv/bin/python || python3 -m uv venv --quiet --python=3.12 .venv; } \

@@ -4,6 +4,7 @@ Programs of a cluster are stubs that record how they were called. They and the p
 all that is on PATH, so no test can reach a real cluster.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -40,7 +41,7 @@ SUBMITTED = {"slurm_job.sh"}  # by slurm.sh; has tests of its own
 ALL = sorted(path.name for path in LAUNCH.glob("*.sh"))
 
 RECORD = r"""#!/usr/bin/env bash
-record() { printf '%s\x1f' "$@" >>"$RECORD"; printf '\x1e' >>"$RECORD"; }
+record() { local call; printf -v call '%s\x1f' "$@"; printf '%s\x1e' "$call" >>"$RECORD"; }
 """
 # Says that there is no queued resource until one was created, then the states in $STATES, and runs no job.
 GCLOUD = """record gcloud "$@"
@@ -62,7 +63,11 @@ esac
 @pytest.fixture
 def machine(tmp_path):
     """Runs words on a machine whose PATH holds stubs and plain tools; `.calls()` is what stubs were told."""
-    return Machine(tmp_path)
+    machine = Machine(tmp_path)
+    yield machine
+    for process in machine.started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 class Machine:
@@ -72,6 +77,7 @@ class Machine:
         self.states = folder / "states"
         self.bin = folder / "bin"
         self.bin.mkdir()
+        self.started = []
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool))
         for name in STUBS:
@@ -92,7 +98,7 @@ class Machine:
         path.chmod(0o755)
 
     def start(self, *words: object, **environment: str) -> subprocess.Popen:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [str(word) for word in words],
             cwd=self.folder,
             env={**self.environment, **environment},
@@ -100,7 +106,10 @@ class Machine:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
+        self.started.append(process)
+        return process
 
     def run(self, *words: object, **environment: str) -> subprocess.CompletedProcess:
         process = self.start(*words, **environment)
@@ -438,6 +447,36 @@ def test_the_words_of_a_job_reach_python_through_the_remote_shell(script, python
     assert machine.calls() == [["python", "-m", "mlp_memory", *words]]
 
 
+def test_the_workers_of_a_slice_are_set_up(machine):
+    """An earlier process is told to end once and waited for; then the code and its packages are installed."""
+    machine.launch("tpu_vm.sh")
+    setup, job = (
+        word.removeprefix("--command=") for call in machine.calls() for word in call if "--command=" in word
+    )
+    for tool in ("mkdir", "mv"):
+        (machine.bin / tool).unlink(missing_ok=True)
+        (machine.bin / tool).symlink_to(shutil.which(tool))
+    machine.stub("timeout", 'shift\nexec "$@"\n')
+    machine.stub("python3", 'record python3 "$@"\n')
+    machine.stub("pkill", 'record pkill "$@"\necho >"$HOME/old"\n')
+    machine.stub("pgrep", 'record pgrep "$@"\n[[ -f $HOME/old ]] && mv "$HOME/old" "$HOME/gone"\n')
+    assert machine.run("bash", "-c", setup.replace("sleep 5", "sleep 0")).returncode == 0
+    calls = machine.calls()
+    pattern = calls[0][-1]
+    assert calls[:3] == [["pkill", "--full", pattern], *[["pgrep", "--full", pattern]] * 2]
+    install = "python3 -m uv pip install --quiet --python=.venv/bin/python"
+    assert [" ".join(call) for call in calls[3:]] == [
+        "tar --extract --gzip --file=mlp_memory.tar.gz --directory=mlp_memory",
+        "python3 -m pip install --quiet --user uv",
+        "python3 -m uv venv --quiet --python=3.12 .venv",
+        f"{install} --requirement=requirements.lock jax[tpu]",
+        f"{install} --no-deps --no-build-isolation --editable=.",
+    ]
+    # It finds the job, however often Python started it afresh, and not the shell that looks for it.
+    assert re.search(pattern, job)
+    assert not re.search(pattern, setup)
+
+
 def verbs(calls: list[list[str]]) -> list[str]:
     """What gcloud was asked for: describe, create, delete, scp, ssh; or another program's name."""
     return [call[4] if call[0] == "gcloud" else call[0] for call in calls]
@@ -596,11 +635,12 @@ def test_a_process_that_does_not_heed_sigterm_is_killed(machine):
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stop_reaches_every_process_and_waits_for_its_checkpoint(sent, code, machine):
+def test_a_stop_reaches_every_process_once_and_waits_for_its_checkpoint(sent, code, machine):
+    # As in training, a second SIGTERM would end the process before the checkpoint is written.
     machine.stub(
         "python",
-        'trap "sleep 0.5; record saved; exit 143" TERM\n'
-        'echo $$ >"$HOME/task$MLP_MEMORY_PROCESS"; while true; do sleep 0.05; done\n',
+        'trap "trap - TERM; sleep 0.5; record saved; exit 143" TERM\n'
+        'echo $$ >"$HOME/task$MLP_MEMORY_PROCESS"; while true; do sleep 0.05 & wait $!; done\n',
     )
     job = machine.start(
         LAUNCH / "local.sh",
