@@ -59,6 +59,7 @@ $(SMOLLM2): | $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/shellcheck --external-sources launch/*.sh .ci/run
 
 lock: $(READY)
 	$(RUN) -m pip install --quiet uv
