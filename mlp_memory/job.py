@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlp_memory.interchange.source import Source
     from mlp_memory.memory.distill import ValidationRows
     from mlp_memory.memory.mlp import Memory
+    from mlp_memory.memory.states import States
 
 MADE_BY = {
     "corpus": "tokenize",
@@ -278,10 +279,28 @@ class Job:
         return open_keys(*self._datastore())
 
     def states(self) -> Rows:
-        """The hidden states of the datastore's rows, [N, D]: what the memory reads."""
+        """The hidden states of the datastore's rows, [N, D]."""
         from mlp_memory.datastore.store import open_states
 
         return open_states(*self._datastore())
+
+    def memory_inputs(self) -> "States":
+        """Those states as distillation reads them: stored, or computed again inside the step."""
+        from mlp_memory.decoder.windows import WindowPlan
+        from mlp_memory.memory.states import RecomputedStates, StoredStates
+        from mlp_memory.training.loop import compute_dtype
+
+        config = self.embed_config
+        if config.keeps_states:
+            return StoredStates(self.states())
+        return RecomputedStates(
+            self.decoder()[0],
+            self.stream("train"),
+            WindowPlan(config.context, config.stride),
+            config.tap,
+            compute_dtype(config.dtype),
+            self.config.distill.block_rows,
+        )
 
     def _datastore(self) -> tuple[Any, ...]:
         reader = functools.cache(self.row_reader)  # loads the decoder, if rows must be computed

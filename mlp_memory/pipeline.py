@@ -180,7 +180,7 @@ def _distill(job: Job, directory: Directory) -> None:
 
     manifest, config = _begin("distill", "memory", job, directory), job.config.distill
     held_out = job.held_out(config.eval_rows)
-    data = (job.stream("train"), job.states(), job.workdir / "targets", held_out)
+    data = (job.stream("train"), job.memory_inputs(), job.workdir / "targets", held_out)
     distill(directory, manifest, job.memory_config, config, *data, job.mesh)
 
 

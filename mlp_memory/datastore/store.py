@@ -56,7 +56,7 @@ class RecomputedRows:
     ):
         self.shape, self.chunk_rows = shape, chunk_rows
         self._compute = compute
-        self.cached_chunks = max(cache_bytes // (4 * chunk_rows * shape[1]), 2)
+        self._cached_chunks = max(cache_bytes // (4 * chunk_rows * shape[1]), 2)
         self._chunks: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -79,7 +79,7 @@ class RecomputedRows:
             if chunk not in self._chunks:
                 begin = chunk * self.chunk_rows
                 self._chunks[chunk] = self._compute(begin, min(begin + self.chunk_rows, len(self)))
-                if len(self._chunks) > self.cached_chunks:
+                if len(self._chunks) > self._cached_chunks:
                     self._chunks.popitem(last=False)
             self._chunks.move_to_end(chunk)
             return self._chunks[chunk]

@@ -70,7 +70,9 @@ def pretrain(
         name=directory.location.rsplit("/", 1)[-1],
         make_model=lambda rngs: Decoder(model_config, rngs),
         loss=lambda model, frozen, batch, key: language_model_loss(model, dtype, batch, config.remat, mesh),
-        batches=Batches(WindowSource(train_stream, config.context), config.batch_size, config.seed),
+        batches=Batches(
+            WindowSource(train_stream, config.context), config.batch_size, config.seed, config.read_threads
+        ),
         evaluate=evaluate,
         unit="tokens",
         unit_per_step=config.batch_size * config.context,

@@ -114,7 +114,9 @@ def train_joint(
             config.remat,
             mesh,
         ),
-        batches=Batches(WindowSource(train_stream, config.context), config.batch_size, config.seed),
+        batches=Batches(
+            WindowSource(train_stream, config.context), config.batch_size, config.seed, config.read_threads
+        ),
         evaluate=evaluate,
         unit="tokens",
         unit_per_step=config.batch_size * config.context,

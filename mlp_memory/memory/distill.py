@@ -10,15 +10,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import ArrayReader, Directory, Manifest, Rows, UserError
+from mlp_memory.artifacts import ArrayReader, Directory, Manifest, UserError
 from mlp_memory.corpus.stream import TokenStream
-from mlp_memory.datastore.store import RecomputedRows
 from mlp_memory.memory.config import DistillConfig, MemoryConfig
 from mlp_memory.memory.mlp import Memory
 from mlp_memory.memory.score import memory_log_probs
+from mlp_memory.memory.states import States
 from mlp_memory.targets.interpolation import best_lambda
 from mlp_memory.training import checkpoints
-from mlp_memory.training.batches import Batches, Nearby
+from mlp_memory.training.batches import Batches
 from mlp_memory.training.loop import Task, compute_dtype, train
 from mlp_memory.training.sparse_head import sparse_cross_entropy
 
@@ -37,9 +37,12 @@ _CHECKED_ROWS, _CHECKED_AT_ONCE = 1 << 22, 1 << 16
 
 
 class TargetSource:
-    """Training elements: blocks of rows with hidden state, teacher and next token."""
+    """Training elements: blocks of rows with hidden state, teacher and next token.
 
-    def __init__(self, stream: TokenStream, states: Rows, targets: Directory, block_rows: int):
+    Everything keeps the dtype it is stored in: devices convert, and less crosses to them.
+    """
+
+    def __init__(self, stream: TokenStream, states: States, targets: Directory, block_rows: int):
         self._stream, self._states, self._block = stream, states, block_rows
         self._ids, self._probs = ArrayReader(targets, "token_ids"), ArrayReader(targets, "probs")
         rows = states.shape[0]
@@ -63,15 +66,14 @@ class TargetSource:
         start = index * self._block
         stop = min(start + self._block, len(self._stream))
         element = {
-            "h": self._states[start:stop].astype(np.float32),
-            "token_ids": self._ids[start:stop].astype(np.int32),
-            "probs": self._probs[start:stop].astype(np.float32),
+            "token_ids": self._ids[start:stop],
+            "probs": self._probs[start:stop],
             "labels": self._stream.labels(start, stop).astype(np.int32),
             "weight": self._stream.has_next(start, stop).astype(np.float32),
         }
         pad = self._block - (stop - start)
         padded = {k: np.pad(v, [(0, pad)] + [(0, 0)] * (v.ndim - 1)) for k, v in element.items()}
-        return {**padded, "rows": np.int64(start)}
+        return {**padded, **self._states.block(start, self._block), "rows": np.int64(start)}
 
 
 def distillation_loss(
@@ -97,31 +99,14 @@ def distillation_loss(
       remat: see `scan_blocks`.
       mesh: devices that the batch is split over.
     """
-    flat = {k: v.reshape(batch["labels"].size, *v.shape[batch["labels"].ndim :]) for k, v in batch.items()}
-    teacher_NxM = alpha * flat["probs"]
+    names, leading = ("h", "token_ids", "probs", "labels", "weight"), batch["labels"].ndim
+    flat = {k: batch[k].reshape(batch["labels"].size, *batch[k].shape[leading:]) for k in names}
+    teacher_NxM = alpha * flat["probs"].astype(jnp.float32)
     next_N = 1.0 - teacher_NxM.sum(-1)
-    ids_NxM1 = jnp.concatenate([flat["token_ids"], flat["labels"][:, None]], axis=-1)
+    ids_NxM1 = jnp.concatenate([flat["token_ids"].astype(jnp.int32), flat["labels"][:, None]], axis=-1)
     weights_NxM1 = jnp.concatenate([teacher_NxM, next_N[:, None]], axis=-1) * flat["weight"][:, None]
     hidden_NxD = model(flat["h"], key, dtype, remat)
     return sparse_cross_entropy(hidden_NxD, model.head_kernel(), ids_NxM1, weights_NxM1, mesh)
-
-
-def _batches(source: TargetSource, states: Rows, config: DistillConfig) -> Batches:
-    """Steps of the training. States that the decoder computes again are read a few chunks at a time.
-
-    They are read by the thread that trains, so that two programs never wait for each other's devices.
-    """
-    if not isinstance(states, RecomputedRows):
-        return Batches(source, config.batch_size, config.seed)
-    if jax.process_count() > 1:
-        raise UserError(
-            "the datastore holds no hidden states, and several processes cannot compute them while they "
-            'train: distill on one, or embed with store = "array", key_dim = 0 and a float key_dtype'
-        )
-    stretch = max(states.chunk_rows // config.block_rows, 1)
-    # Half of the chunks kept serve this pool, half the next, where a batch holds of both.
-    nearby = Nearby(stretch, max(states.cached_chunks // 2, 1))
-    return Batches(source, config.batch_size, config.seed, threads=0, nearby=nearby)
 
 
 def mixture_figures(base_log_prob_N: np.ndarray, memory_log_prob_N: np.ndarray) -> dict[str, float]:
@@ -140,7 +125,7 @@ def distill(
     model_config: MemoryConfig,
     config: DistillConfig,
     stream: TokenStream,
-    states: Rows,
+    states: States,
     targets: Directory,
     validation: ValidationRows,
     mesh: Mesh,
@@ -183,12 +168,13 @@ def distill(
         name="distill",
         make_model=lambda rngs: Memory(model_config, rngs),
         loss=lambda model, frozen, batch, key: distillation_loss(
-            model, batch, config.alpha, key, dtype, config.remat, mesh
+            model, {**batch, "h": states.of(frozen, batch)}, config.alpha, key, dtype, config.remat, mesh
         ),
-        batches=_batches(source, states, config),
+        batches=Batches(source, config.batch_size, config.seed, config.read_threads),
         evaluate=evaluate,
         unit="rows",
         unit_per_step=config.batch_size * config.block_rows,
+        frozen=states.frozen,
     )
     rows = config.steps * task.unit_per_step
     return train(

@@ -26,6 +26,7 @@ class TrainConfig:
       dtype: of the computation: "auto" (bfloat16 on accelerators, float32 on CPU).
       log_every: steps between lines in metrics.jsonl.
       keep: checkpoints kept for resuming, beside the best.
+      read_threads: that read batches ahead, one each; more for a bucket far away.
     """
 
     steps: int = 1000
@@ -47,9 +48,10 @@ class TrainConfig:
     remat: str = runtime("none")
     log_every: int = runtime(10)
     keep: int = runtime(1)
+    read_threads: int = runtime(4)
 
     def __post_init__(self):
-        positive = ("batch_size", "accumulate", "eval_every", "log_every", "keep")
+        positive = ("batch_size", "accumulate", "eval_every", "log_every", "keep", "read_threads")
         check_whole(self, dict.fromkeys(positive, 1))
         check_whole(self, dict.fromkeys(("steps", "warmup", "seed", "eval_rows"), 0))
         check_positive(self, "learning_rate", "epsilon")

@@ -7,10 +7,14 @@ import pytest
 from flax import nnx
 
 from mlp_memory.artifacts import ArrayReader, Directory, UserError, begin
-from mlp_memory.datastore.store import RecomputedRows
+from mlp_memory.decoder.config import DecoderConfig, Tap
+from mlp_memory.decoder.score import RowReader
+from mlp_memory.decoder.transformer import Decoder
+from mlp_memory.decoder.windows import WindowPlan
 from mlp_memory.memory.config import DistillConfig, MemoryConfig
 from mlp_memory.memory.distill import TargetSource, ValidationRows, distill, distillation_loss, load_memory
 from mlp_memory.memory.mlp import Memory
+from mlp_memory.memory.states import RecomputedStates, StoredStates
 
 N, D, V, M = 90, 6, 37, 4
 CONFIG = MemoryConfig(style="llama", layers=1, dim=8, ffn_dim=16, input_dim=D, vocab_size=V)
@@ -107,7 +111,15 @@ def data(make_stream, write_arrays, tmp_path, rng):
         np.log(rng.random(20)).astype(np.float32),
         rng.integers(0, V, 20).astype(np.int32),
     )
-    return stream, ArrayReader(keys_directory, "keys"), target_directory, validation, keys, ids, probs
+    return (
+        stream,
+        StoredStates(ArrayReader(keys_directory, "keys")),
+        target_directory,
+        validation,
+        keys,
+        ids,
+        probs,
+    )
 
 
 def test_training_elements_hold_every_row_once_and_aligned(data, rng):
@@ -118,7 +130,7 @@ def test_training_elements_hold_every_row_once_and_aligned(data, rng):
     joined = {name: np.concatenate([np.atleast_1d(p[name]) for p in parts]) for name in parts[0]}
     np.testing.assert_array_equal(joined["h"][:N], keys)
     np.testing.assert_array_equal(joined["token_ids"][:N], ids)
-    np.testing.assert_array_equal(joined["probs"][:N], probs.astype(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(joined["probs"][:N], probs.astype(np.float16))
     np.testing.assert_array_equal(joined["labels"][:N], stream.labels(0, N))
     np.testing.assert_array_equal(joined["weight"][:N], stream.has_next(0, N))
     assert (joined["weight"][N:] == 0).all()
@@ -159,29 +171,6 @@ def test_distillation_learns_and_can_be_loaded(data, mesh, tmp_path):
     assert facts["validation"]["validation_loss"] <= -base_N.mean() + 1e-6
 
 
-def test_states_that_are_computed_again_are_computed_once_an_epoch(data, mesh, tmp_path):
-    keys, computed = data[4], []
-
-    def compute(start: int, stop: int) -> np.ndarray:
-        computed.append(start)
-        return keys[start:stop]
-
-    four_chunks = 4 * 8 * keys.shape[1] * 4
-    states = RecomputedRows(compute, keys.shape, chunk_rows=8, cache_bytes=four_chunks)
-    manifest = run_distill(tmp_path / "memory", (data[0], states, *data[2:]), mesh, steps=12, block_rows=4)
-    assert manifest.facts["train_rows"] == 12 * 16
-    assert sorted(computed[:12]) == list(range(0, N, 8))
-    # Two epochs and the first rows of a third; blocks drawn from everywhere would take some 32.
-    assert len(computed) <= 2 * 12 + 2
-
-
-def test_several_processes_do_not_compute_states_while_they_train(data, mesh, tmp_path, monkeypatch):
-    states = RecomputedRows(lambda a, b: data[4][a:b], data[4].shape, chunk_rows=16)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match='embed with store = "array"'):
-        run_distill(tmp_path / "memory", (data[0], states, *data[2:]), mesh)
-
-
 def test_arrays_of_different_lengths_are_refused(data, mesh, tmp_path, make_stream):
     with pytest.raises(UserError, match=f"{N - 1}, {N} and {N} rows"):
         run_distill(tmp_path / "memory", (make_stream(N - 1, V), *data[1:]), mesh)
@@ -205,3 +194,35 @@ def test_keys_of_another_width_are_refused(data, mesh, tmp_path):
 def test_impossible_settings_are_refused(impossible):
     with pytest.raises(UserError):
         DistillConfig(**impossible)
+
+
+@pytest.fixture
+def decoder(randomize):
+    shape = DecoderConfig(layers=2, dim=D, heads=1, ffn_dim=12, vocab_size=V)
+    return randomize(lambda: Decoder(shape, nnx.Rngs(0)))
+
+
+# A block that is the stride, and one that is a part of it; and a tap inside the decoder.
+@pytest.mark.parametrize(("block", "tap"), [(8, Tap()), (4, Tap(0, "residual"))])
+def test_states_computed_in_the_step_give_the_losses_of_stored_ones(
+    data, decoder, mesh, tmp_path, write_arrays, block, tap
+):
+    stream, plan = data[0], WindowPlan(24, 8)
+    states = RowReader(decoder, mesh, plan, tap).taps(stream, 0, N)
+    stored = StoredStates(ArrayReader(write_arrays(tmp_path / "states", keys=states), "keys"))
+    online = RecomputedStates(decoder, stream, plan, tap, jnp.float32, block)
+    assert online.shape == stored.shape
+    curves = []
+    for name, found in (("stored", stored), ("online", online)):
+        settings = dict(block_rows=block, log_every=1, accumulate=2)
+        run_distill(tmp_path / name, (stream, found, *data[2:]), mesh, **settings)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        curves.append([line["loss"] for line in map(json.loads, lines) if "loss" in line])
+    assert len(curves[0]) == 12
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [5, 16])
+def test_blocks_that_lie_in_no_one_window_are_refused(data, decoder, block):
+    with pytest.raises(UserError, match=f"block_rows = {block} does not divide"):
+        RecomputedStates(decoder, data[0], WindowPlan(24, 8), Tap(), jnp.float32, block)

@@ -19,6 +19,7 @@ from mlp_memory.decoder.config import DecoderConfig, PretrainConfig
 from mlp_memory.decoder.pretrain import load_decoder, pretrain
 from mlp_memory.memory.config import DistillConfig, MemoryConfig
 from mlp_memory.memory.distill import ValidationRows, distill, load_memory
+from mlp_memory.memory.states import StoredStates
 from mlp_memory.parallel.config import MeshConfig
 from mlp_memory.parallel.mesh import make_mesh, start_processes
 from mlp_memory.parallel.sharding import RULES
@@ -85,7 +86,7 @@ def train_memory(inputs: Path, folder: Path, mesh: jax.sharding.Mesh) -> None:
         MEMORY,
         DISTILL,
         TokenStream.open(Directory(inputs / "train")),
-        ArrayReader(Directory(inputs / "datastore"), "keys"),
+        StoredStates(ArrayReader(Directory(inputs / "datastore"), "keys")),
         Directory(inputs / "targets"),
         validation,
         mesh,

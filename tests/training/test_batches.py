@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from mlp_memory.training.batches import Batches, Nearby
+from mlp_memory.training.batches import Batches
 
 
 class Numbers:
@@ -63,40 +63,3 @@ def test_processes_together_read_the_batches_of_one(rng, monkeypatch, processes)
         monkeypatch.setattr(jax, "process_index", lambda p=process: p)
         parts.append(numbers(source, 8, seed, 3, 6))
     assert [[n for part in parts for n in part[i]] for i in range(6)] == straight[3:]
-
-
-@pytest.mark.parametrize("batch", [1, 7])
-def test_a_nearby_shuffle_is_a_function_of_seed_and_step_and_holds_every_element_once(rng, batch):
-    count = int(rng.integers(20, 90))
-    nearby = Nearby(int(rng.integers(1, 12)), int(rng.integers(1, 4)))
-
-    def read(first: int, steps: int, seed: int = 7) -> list[list[int]]:
-        iterator = Batches(Numbers(count), batch, seed, threads=0, nearby=nearby).from_step(first)
-        return [b["number"].tolist() for b in itertools.islice(iterator, steps)]
-
-    steps = -(-3 * count // batch)
-    straight = read(0, steps)
-    for first in rng.integers(0, steps - 1, 3).tolist():
-        assert read(first, steps - first) == straight[first:]
-    assert read(0, steps, seed=8) != straight
-    laid = list(itertools.chain(*straight))
-    epochs = [laid[i * count : (i + 1) * count] for i in range(3)]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(count))
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_a_nearby_shuffle_reads_no_more_than_a_pool_of_stretches_at_a_time(rng):
-    count, nearby = int(rng.integers(300, 700)), Nearby(10, 4)
-    iterator = Batches(Numbers(count), 1, int(rng.integers(1000)), nearby=nearby).from_step(0)
-    laid = [int(b["number"][0]) for b in itertools.islice(iterator, count)]
-    cached, reads = [], 0
-    for element in laid:
-        stretch = element // nearby.stretch
-        if stretch not in cached:
-            reads += 1
-        else:
-            cached.remove(stretch)
-        cached = [*cached, stretch][-nearby.pool :]
-    assert reads == -(-count // nearby.stretch)
-    assert sum(abs(a - b) > nearby.stretch for a, b in itertools.pairwise(laid)) > count / 3
