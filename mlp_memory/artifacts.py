@@ -23,6 +23,7 @@ import numpy as np
 import tensorstore as ts
 
 SCHEMA = 1
+_BLOCK_BYTES = 1 << 19
 _MANIFEST = "manifest.json"
 
 
@@ -109,20 +110,46 @@ def first_line(error: BaseException) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
-    """Shape [rows, ...], dtype name (NumPy's or ml_dtypes') and rows per chunk."""
+    """How an array lies on disk: chunks, written whole, of blocks that can be read alone.
+
+    Attributes:
+      shape: [rows, ...].
+      dtype: NumPy's name or ml_dtypes'.
+      chunk_rows: rows per chunk, each a file.
+      block_rows: rows per block; 0 where the chunk is one.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     chunk_rows: int
+    block_rows: int = 0
+
+    @classmethod
+    def in_blocks(cls, shape: tuple[int, ...], dtype: str, chunk_rows: int) -> "ArraySpec":
+        """With blocks of half a mebibyte or less, for arrays whose rows are read at random."""
+        spec = cls(shape, dtype, chunk_rows)
+        whole = spec.chunk_shape[0]
+        row_bytes = math.prod(shape[1:]) * as_dtype(dtype).itemsize
+        fitting = (
+            rows for rows in range(1, whole + 1) if whole % rows == 0 and rows * row_bytes <= _BLOCK_BYTES
+        )
+        block_rows = max(fitting, default=1)
+        return spec if block_rows == whole else dataclasses.replace(spec, block_rows=block_rows)
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
         return (min(self.chunk_rows, max(self.shape[0], 1)), *self.shape[1:])
 
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of one stored chunk: raw little-endian values plus 4 bytes of crc32c."""
-        return math.prod(self.chunk_shape) * as_dtype(self.dtype).itemsize + 4
+    def chunk_bytes(self, chunk: int) -> int:
+        """Bytes of a stored chunk: little-endian values with 4 bytes of crc32c, or so many blocks and
+        their index, 16 bytes a block and 4 of crc32c. Of the last chunk only blocks with rows are stored.
+        """
+        whole, row_bytes = self.chunk_shape[0], math.prod(self.shape[1:]) * as_dtype(self.dtype).itemsize
+        if not self.block_rows:
+            return whole * row_bytes + 4
+        rows = min(whole, self.shape[0] - chunk * whole)
+        blocks = -(-rows // self.block_rows)
+        return blocks * (self.block_rows * row_bytes + 4) + whole // self.block_rows * 16 + 4
 
 
 def as_dtype(name: str) -> np.dtype:
@@ -153,7 +180,11 @@ class Manifest:
         return digest(self.to_json().encode())[:12]
 
     def to_json(self) -> str:
-        return canonical_json(dataclasses.asdict(self))
+        fields = dataclasses.asdict(self)
+        for spec in fields["arrays"].values():
+            if not spec["block_rows"]:  # arrays without blocks are written as before there were any
+                del spec["block_rows"]
+        return canonical_json(fields)
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":
@@ -165,7 +196,7 @@ class Manifest:
                     "make it again or use the version that made it"
                 )
             arrays = {
-                name: ArraySpec(tuple(s["shape"]), s["dtype"], s["chunk_rows"])
+                name: ArraySpec(tuple(s["shape"]), s["dtype"], s["chunk_rows"], s.get("block_rows", 0))
                 for name, s in fields.pop("arrays").items()
             }
             manifest = cls(arrays=arrays, **fields)
@@ -314,8 +345,8 @@ def require(directory: Directory, stage: str) -> Manifest:
             for chunk in range(chunk_count(spec)):
                 file = directory.path / name / _chunk_key(spec, chunk)
                 size = file.stat().st_size if file.is_file() else None
-                if size != spec.chunk_bytes:
-                    what = "is missing" if size is None else f"has {size} bytes, not {spec.chunk_bytes}"
+                if size != (wanted := spec.chunk_bytes(chunk)):
+                    what = "is missing" if size is None else f"has {size} bytes, not {wanted}"
                     raise UserError(f"{file} {what}: delete {directory} and run `{stage}` again")
     return manifest
 
@@ -330,6 +361,13 @@ def _chunk_key(spec: ArraySpec, chunk: int) -> str:
 
 
 def _open(directory: Directory, name: str, spec: ArraySpec, create: bool) -> ts.TensorStore:
+    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    blocks = {
+        "chunk_shape": [spec.block_rows, *spec.chunk_shape[1:]],
+        "codecs": checked,
+        "index_codecs": checked,
+        "index_location": "end",
+    }
     return ts.open(
         {
             "driver": "zarr3",
@@ -340,7 +378,9 @@ def _open(directory: Directory, name: str, spec: ArraySpec, create: bool) -> ts.
                 "shape": list(spec.shape),
                 "data_type": str(as_dtype(spec.dtype)),
                 "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(spec.chunk_shape)}},
-                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+                "codecs": [{"name": "sharding_indexed", "configuration": blocks}]
+                if spec.block_rows
+                else checked,
             },
         },
         open=True,

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import ml_dtypes
@@ -25,7 +26,12 @@ def random_arrays(rng, rows: int) -> dict[str, np.ndarray]:
 
 
 def specs(rows: int, chunk_rows: int) -> dict[str, ArraySpec]:
-    return {name: ArraySpec((rows, *rest), dtype, chunk_rows) for name, (rest, dtype) in SPECS.items()}
+    found = {name: ArraySpec((rows, *rest), dtype, chunk_rows) for name, (rest, dtype) in SPECS.items()}
+    for name in ("keys", "mass"):  # in blocks, where a chunk divides
+        whole = found[name].chunk_shape[0]
+        block = next((block for block in (3, 2, 1) if whole % block == 0), 0)
+        found[name] = dataclasses.replace(found[name], block_rows=block)
+    return found
 
 
 def start(folder, rows: int, chunk_rows: int, config=None, parents=None) -> ChunkWriter:
@@ -298,6 +304,37 @@ def test_folders_with_odd_names_are_read_and_listed(tmp_path, rng):
         assert "manifest.json" in directory.names()
         directory.delete()
         assert not (tmp_path / name).exists()
+
+
+def test_blocks_divide_a_chunk_and_are_small(rng):
+    for _ in range(50):
+        rows, width, chunk = (int(x) for x in rng.integers(1, [5000, 3000, 2000]))
+        spec = ArraySpec.in_blocks((rows, width), "float16", chunk)
+        whole = min(rows, chunk)
+        if not spec.block_rows:
+            assert 2 * whole * width <= 1 << 19
+            continue
+        assert whole % spec.block_rows == 0
+        larger = [b for b in range(spec.block_rows + 1, whole + 1) if whole % b == 0]
+        assert spec.block_rows == 1 or 2 * spec.block_rows * width <= 1 << 19
+        assert all(2 * b * width > 1 << 19 for b in larger)
+
+
+def test_reading_a_few_rows_of_a_large_chunk_reads_little_of_its_file(tmp_path, rng):
+    values = rng.normal(size=(4096, 512)).astype(np.float32)
+    spec = ArraySpec.in_blocks(values.shape, "float32", 4096)
+    directory = Directory(tmp_path / "a")
+    writer = ChunkWriter(directory, artifacts.begin(directory, "test", {}, {}, {"keys": spec}))
+    writer.write(0, keys=values)
+    writer.finish()
+    file = tmp_path / "a/keys/c/0/0"
+    damaged = bytearray(file.read_bytes())
+    damaged[1 << 20] ^= 1  # in the third of the chunk's sixteen blocks
+    file.write_bytes(damaged)
+    reader = ArrayReader(directory, "keys")
+    np.testing.assert_array_equal(reader[3000:3010], values[3000:3010])
+    with pytest.raises(UserError, match="damaged"):
+        reader[0:4096]
 
 
 def test_only_known_schemes_are_taken():

@@ -48,7 +48,7 @@ def key_specs(config: EmbedConfig, rows: int, dim: int) -> dict[str, ArraySpec]:
         raise UserError(f"embed.key_dim = {config.key_dim} is more than the decoder's {dim} dimensions")
     if config.store == "none":
         return {}
-    return {"keys": ArraySpec((rows, config.key_dim or dim), config.key_dtype, config.chunk_rows)}
+    return {"keys": ArraySpec.in_blocks((rows, config.key_dim or dim), config.key_dtype, config.chunk_rows)}
 
 
 class Inputs(NamedTuple):

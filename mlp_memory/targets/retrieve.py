@@ -224,8 +224,8 @@ def _make_worker(
 def _arrays(stream: Stream, config: RetrieveConfig) -> dict[str, ArraySpec]:
     rows, top_m = len(stream), min(config.top_m, config.k)
     return {
-        "token_ids": ArraySpec((rows, top_m), _token_dtype(stream.vocab_size), config.chunk_rows),
-        "probs": ArraySpec((rows, top_m), "float16", config.chunk_rows),
+        "token_ids": ArraySpec.in_blocks((rows, top_m), _token_dtype(stream.vocab_size), config.chunk_rows),
+        "probs": ArraySpec.in_blocks((rows, top_m), "float16", config.chunk_rows),
         "kept_mass": ArraySpec((rows,), "float32", config.chunk_rows),
         "neighbours": ArraySpec((rows,), "uint16", config.chunk_rows),
         "support": ArraySpec((rows,), "uint16", config.chunk_rows),
@@ -251,7 +251,7 @@ class _Work:
         self._count = count
         self._lists = CandidateLists(directory / UNITS, len(stream))
         self._row_bytes = sum(
-            spec.chunk_bytes // spec.chunk_shape[0] for spec in writer.manifest.arrays.values()
+            spec.chunk_bytes(0) // spec.chunk_shape[0] for spec in writer.manifest.arrays.values()
         )
 
     def run(self) -> None:
