@@ -9,8 +9,10 @@ from flax import nnx
 from mlp_memory.config import Config
 from mlp_memory.corpus.config import CorpusConfig
 from mlp_memory.corpus.vocabulary import Vocabulary
+from mlp_memory.decoder.config import DecoderConfig
 from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.job import is_there
+from mlp_memory.memory.config import MemoryConfig
 from mlp_memory.memory.mlp import Memory
 
 
@@ -20,9 +22,7 @@ def shapes_table(config: Config) -> str:
     Raises:
       UserError: the mesh does not fit the devices, or the decoder the vocabulary.
     """
-    decoder = _imported(config.pretrained.source)
-    decoder = decoder or config.decoder.with_vocabulary(_vocab_size(config.corpus))
-    memory = _imported(config.pretrained.memory) or config.memory.resolved(decoder.dim, decoder.vocab_size)
+    decoder, memory = resolved_shapes(config)
     sizes = config.mesh.sizes(jax.device_count())
     lines = [f"# mesh slice, data, fsdp, tensor = {sizes} over {jax.device_count()} device(s)"]
     for name, make in (
@@ -51,6 +51,18 @@ def shapes_table(config: Config) -> str:
             f"teacher of k = {config.retrieve.k}, {config.retrieve.top_m} tokens a row"
         )
     return "\n".join(lines)
+
+
+def resolved_shapes(config: Config) -> tuple[DecoderConfig, MemoryConfig]:
+    """Decoder and memory with every size set: of the models named where they are on this machine.
+
+    Raises:
+      UserError: the decoder does not fit the vocabulary.
+    """
+    decoder = _imported(config.pretrained.source)
+    decoder = decoder or config.decoder.with_vocabulary(_vocab_size(config.corpus))
+    memory = _imported(config.pretrained.memory) or config.memory.resolved(decoder.dim, decoder.vocab_size)
+    return decoder, memory
 
 
 def _imported(location: str) -> Any:

@@ -134,6 +134,34 @@ def mixture_figures(base_log_prob_N: np.ndarray, memory_log_prob_N: np.ndarray) 
     }
 
 
+def batch_shapes(
+    config: DistillConfig, input_dim: int, teacher_tokens: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A step's batch as `TargetSource` gives it: B blocks of R rows of D numbers and m teacher tokens."""
+    rows = (config.batch_size, config.block_rows)
+    return {
+        "h": jax.ShapeDtypeStruct((*rows, input_dim), jnp.float32),
+        "token_ids": jax.ShapeDtypeStruct((*rows, teacher_tokens), jnp.int32),
+        "probs": jax.ShapeDtypeStruct((*rows, teacher_tokens), jnp.float32),
+        "labels": jax.ShapeDtypeStruct(rows, jnp.int32),
+        "weight": jax.ShapeDtypeStruct(rows, jnp.float32),
+    }
+
+
+def distill_task(model_config: MemoryConfig, config: DistillConfig, mesh: Mesh) -> Task:
+    """The training of a memory of that shape, resolved, but for its data."""
+    dtype = compute_dtype(config.dtype)
+    return Task(
+        name="distill",
+        make_model=lambda rngs: Memory(model_config, rngs),
+        loss=lambda model, frozen, batch, key: distillation_loss(
+            model, batch, config.alpha, key, dtype, config.remat, mesh
+        ),
+        unit="rows",
+        unit_per_step=config.batch_size * config.block_rows,
+    )
+
+
 def distill(
     directory: Directory,
     manifest: Manifest,
@@ -179,16 +207,10 @@ def distill(
             "validation_memory_perplexity": float(np.exp(-log_prob_N.astype(np.float64).mean())),
         }
 
-    task = Task(
-        name="distill",
-        make_model=lambda rngs: Memory(model_config, rngs),
-        loss=lambda model, frozen, batch, key: distillation_loss(
-            model, batch, config.alpha, key, dtype, config.remat, mesh
-        ),
+    task = dataclasses.replace(
+        distill_task(model_config, config, mesh),
         batches=_batches(source, states, config),
         evaluate=evaluate,
-        unit="rows",
-        unit_per_step=config.batch_size * config.block_rows,
     )
     rows = config.steps * task.unit_per_step
     return train(

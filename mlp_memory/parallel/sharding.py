@@ -60,6 +60,12 @@ def state_shardings(state: nnx.State, mesh: Mesh) -> Any:
     return nnx.traversals.unflatten_mapping(shardings)
 
 
+def abstract_batch(batch: dict[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what `place_batch` makes."""
+    sharding = NamedSharding(mesh, P(BATCH))
+    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding) for k, v in batch.items()}
+
+
 def place_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch, NumPy, as global arrays split over the batch axes."""
     sharding = NamedSharding(mesh, P(BATCH))
