@@ -16,15 +16,19 @@ from mlp_memory.memory.config import MemoryConfig
 from mlp_memory.memory.mlp import Memory
 
 
-def shapes_table(config: Config) -> str:
+def shapes_table(config: Config, devices: int | None = None) -> str:
     """Parameters of decoder and memory with shapes and logical axes, and the sizes of the trainings.
+
+    Args:
+      config: every section.
+      devices: that the mesh is for; None for those of this process.
 
     Raises:
       UserError: the mesh does not fit the devices, or the decoder the vocabulary.
     """
     decoder, memory = resolved_shapes(config)
-    sizes = config.mesh.sizes(jax.device_count())
-    lines = [f"# mesh slice, data, fsdp, tensor = {sizes} over {jax.device_count()} device(s)"]
+    devices = jax.device_count() if devices is None else devices
+    lines = [f"# mesh slice, data, fsdp, tensor = {config.mesh.sizes(devices)} over {devices} device(s)"]
     for name, make in (
         ("decoder", lambda: Decoder(decoder, nnx.Rngs(0))),
         ("memory", lambda: Memory(memory, nnx.Rngs(0))),

@@ -34,7 +34,7 @@ from mlp_memory.parallel.mesh import compiling_for, make_mesh
 from mlp_memory.training.config import TrainConfig
 from mlp_memory.training.loop import Task, lower_step
 
-STAGES = ("distill", "pretrain", "joint")
+ADVICE = 'raise mesh.fsdp, mesh.tensor or accumulate, or set remat = "full"'
 
 # What libtpu would otherwise ask of a machine that has TPUs.
 _NO_TPU_HERE = {
@@ -110,7 +110,7 @@ def plan_training(stage: str, config: Config, topology: Topology, price: float |
     """Compiles one of the trainings for a topology and reads what it takes.
 
     Args:
-      stage: one of `STAGES`.
+      stage: "distill", "pretrain" or "joint".
       config: the recipe.
       topology: chips.
       price: dollars for a chip's hour; None for the list's.
@@ -236,10 +236,8 @@ def _too_large(stage: str, topology: Topology, error: Exception) -> str:
     )
     if not found:
         return f"{stage} cannot be compiled for {topology.name}: {first_line(error)[:300]}"
-    return (
-        f"{stage} does not fit {topology.name}: {found.group(1)}B needed of {found.group(2)}B a chip: raise "
-        'mesh.fsdp or mesh.tensor, accumulate, or set remat = "full"'
-    )
+    needed, there = (f"{number}B" for number in found.groups())
+    return f"{stage} does not fit {topology.name}, {needed} needed of {there} a chip: {ADVICE}"
 
 
 def _arguments(compiled: jax.stages.Compiled) -> dict[str, int]:
