@@ -29,12 +29,18 @@ from mlp_memory.joint.train import abstract_memory, joint_task
 from mlp_memory.memory.distill import batch_shapes, distill_task
 from mlp_memory.parallel import compiled as reading
 from mlp_memory.parallel import hlo
-from mlp_memory.parallel.chips import Topology
+from mlp_memory.parallel.chips import MACHINE_GPUS, Topology
 from mlp_memory.parallel.mesh import compiling_for, make_mesh
 from mlp_memory.training.config import TrainConfig
 from mlp_memory.training.loop import Task, lower_step
 
 ADVICE = 'raise mesh.fsdp, mesh.tensor or accumulate, or set remat = "full"'
+
+# No CPU will run the stand-in for a GPU's program, so its machine code need not be good.
+_COMPILER_OPTIONS = {
+    "tpu": {},
+    "gpu": {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+}
 
 # What libtpu would otherwise ask of a machine that has TPUs.
 _NO_TPU_HERE = {
@@ -119,15 +125,15 @@ def plan_training(stage: str, config: Config, topology: Topology, price: float |
       UserError: the mesh or the batch does not fit the topology, the compiler for it is not installed,
         or the program does not fit its memory by far enough that none is made.
     """
-    compiled, settings, task, model_flops = _compile(stage, config, topology)
+    compiled, settings, task, model_flops, places = _compile(stage, config, topology)
     program, chip = hlo.parse(compiled.as_text()), topology.chip
     memory, memory_parts = reading.memory(compiled), _arguments(compiled)
     memory_parts |= {"temporary": memory.outputs + memory.temporary + memory.code, "total": memory.total}
-    found = reading.collectives(program, topology.chips)
+    found = reading.collectives(program, chip, places)
     flops, traffic = reading.matmul_flops(program), reading.hbm_bytes(program)
     compute, hbm = flops / chip.flops, traffic / chip.bandwidth
-    network = sum(c.seconds(chip) for c in found)
-    waited = sum(c.seconds(chip) for c in found if c.waits)
+    network = sum(c.seconds for c in found)
+    waited = sum(c.seconds for c in found if c.waits)
     estimate = reading.compiler_seconds(program, chip) if chip.platform == "tpu" else None
     step = compute + waited if estimate is None else max(estimate + waited, compute, hbm, network)
     days = settings.steps * step / 86400
@@ -145,7 +151,7 @@ def plan_training(stage: str, config: Config, topology: Topology, price: float |
         model_flops=model_flops,
         compiled_flops=flops,
         hbm_bytes=traffic,
-        collectives=_by_kind(found, topology),
+        collectives=_by_kind(found),
         buffers=[
             {"array": f"{shape.dtype}{list(shape.sizes)}", "bytes": shape.bytes, "of": where}
             for shape, where in reading.largest_buffers(program)
@@ -168,18 +174,27 @@ def plan_training(stage: str, config: Config, topology: Topology, price: float |
 
 def _compile(
     stage: str, config: Config, topology: Topology
-) -> tuple[jax.stages.Compiled, TrainConfig, Task, int]:
-    """The compiled step, its settings, its task, and the model's FLOPs in a step."""
-    # CPU kernels for bfloat16 are float32 ones from the partitioner on; float16 stays 16 bits wide.
-    half = jnp.bfloat16 if topology.chip.platform == "tpu" else jnp.float16
-    with compiling_for(topology.chip.platform, half), _devices(topology) as devices:
+) -> tuple[jax.stages.Compiled, TrainConfig, Task, int, np.ndarray]:
+    """The compiled step, its settings, its task, the model's FLOPs in a step, and where devices stand."""
+    # CPU programs keep bfloat16 as float32; float16 stays 16 bits wide, but in attention is refused.
+    stands_in = topology.chip.platform == "gpu" and stage == "distill"
+    half = jnp.float16 if stands_in else jnp.bfloat16
+    with compiling_for(topology.chip.platform, half), _devices(stage, topology) as devices:
         mesh = make_mesh(config.mesh, devices)
         task, settings, batch, flops = _task(stage, config, mesh)
         lowered = lower_step(task, settings, mesh, batch)
         try:
-            return lowered.compile(), settings, task, flops
+            compiled = lowered.compile(_COMPILER_OPTIONS[topology.chip.platform])
         except jax.errors.JaxRuntimeError as error:
             raise UserError(_too_large(stage, topology, error)) from error
+    return compiled, settings, task, flops, _places(mesh, topology)
+
+
+def _places(mesh: Mesh, topology: Topology) -> np.ndarray:
+    """Coordinates of the mesh's devices in a TPU's grid, [devices, 3]; machines of GPUs, [devices, 1]."""
+    if topology.chip.platform == "tpu":
+        return np.array([device.coords for device in mesh.devices.flat])
+    return np.arange(topology.chips)[:, None] // MACHINE_GPUS
 
 
 def _task(
@@ -203,7 +218,7 @@ def _task(
 
 
 @contextlib.contextmanager
-def _devices(topology: Topology) -> Iterator[list[jax.Device]]:
+def _devices(stage: str, topology: Topology) -> Iterator[list[jax.Device]]:
     """The topology's devices; CPU devices of this process for GPUs.
 
     Raises:
@@ -217,7 +232,7 @@ def _devices(topology: Topology) -> Iterator[list[jax.Device]]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"compiling for {topology.name} needs libtpu, which is not installed here: "
-            f'make plan ARGS="STAGE --topology={topology.name} --gin_file=..."'
+            f"make plan ARGS='{stage} --topology={topology.name} --gin_file=...'"
         )
     for name, value in _NO_TPU_HERE.items():
         os.environ.setdefault(name, value)
@@ -262,7 +277,7 @@ def _parameters(compiled: jax.stages.Compiled) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(compiled.args_info[0][0]["params"]))
 
 
-def _by_kind(found: list[reading.Collective], topology: Topology) -> list[Collectives]:
+def _by_kind(found: list[reading.Collective]) -> list[Collectives]:
     kinds = collections.defaultdict(list)
     for collective in found:
         kinds[collective.kind].append(collective)
@@ -271,7 +286,7 @@ def _by_kind(found: list[reading.Collective], topology: Topology) -> list[Collec
             kind,
             sum(c.times for c in ones),
             sum(c.times * c.bytes for c in ones),
-            sum(c.seconds(topology.chip) for c in ones),
+            sum(c.seconds for c in ones),
         )
         for kind, ones in sorted(kinds.items())
     ]
@@ -302,7 +317,7 @@ def training_table(plan: Plan) -> str:
             f"products {_seconds(plan.compute_seconds)}, HBM {_seconds(plan.hbm_seconds)}, "
             f"network {_seconds(plan.network_seconds)}",
         ),
-        ("a step", f"{_seconds(plan.step_seconds)}, MFU {plan.mfu:.1%}"),
+        ("a step", f"{_seconds(plan.step_seconds)}, MFU {plan.mfu:.1%}" + ("" if given else ", at best")),
         (f"{plan.unit} a second", f"{plan.units_per_second:,.0f}"),
         (
             "the recipe",

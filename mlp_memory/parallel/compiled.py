@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from mlp_memory.parallel import hlo
-from mlp_memory.parallel.chips import MACHINE_GPUS, Chip
+from mlp_memory.parallel.chips import Chip
 from mlp_memory.parallel.groups import replica_groups
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -41,8 +41,9 @@ class Collective:
       elements: of what it makes or takes, whichever is larger, at a time and chip.
       bytes: of those elements.
       groups: positions of the devices that talk, [groups, members].
+      seconds: time of all its runs when the links carry nothing else.
       waits: nothing else is computed meanwhile.
-      where: the computation it comes from, in JAX's words.
+      where: what it comes from, in JAX's words.
     """
 
     kind: str
@@ -51,35 +52,41 @@ class Collective:
     elements: int
     bytes: int
     groups: np.ndarray
+    seconds: float
     waits: bool
     where: str
 
-    def seconds(self, chip: Chip) -> float:
-        """Time of all its runs when the links carry nothing else.
 
-        On TPUs a group is taken for a ring over the two links of one axis of the grid, which is what a
-        mesh axis gets when it is laid along one. GPUs of one machine are joined by a switch; what leaves
-        a machine goes by as many network cards as the group has GPUs in it.
-        """
-        members = self.groups.shape[1]
-        if members == 1 or not self.bytes:
-            return 0.0
-        if chip.platform == "tpu":
-            bandwidth = 2 * chip.link
-        else:
-            local = min(
-                np.unique(group // MACHINE_GPUS, return_counts=True)[1].min() for group in self.groups
-            )
-            crosses = local < members
-            bandwidth = min(chip.link, chip.network * local) if crosses else chip.link
-        share = (members - 1) / members
-        if self.kind == "collective-permute":  # one way, to one neighbour
-            sent = self.bytes * (2 if chip.platform == "tpu" else 1)
-        elif self.kind == "all-to-all" and chip.platform == "tpu":  # a quarter of the ring on the way
-            sent = self.bytes * max(share, members / 4)
-        else:
-            sent = self.bytes * share * (2 if self.kind == "all-reduce" else 1)
-        return self.times * sent / bandwidth
+def network_seconds(kind: str, size: int, groups: np.ndarray, chip: Chip, places_NxA: np.ndarray) -> float:
+    """Time of one collective at the links' peak.
+
+    In a TPU's grid a group uses both links of each axis along which its chips differ (one, where
+    only two stand there), as the compiler's rings do. GPUs of one machine are joined by a switch; what
+    leaves a machine goes by as many network cards as the group has GPUs in it.
+
+    Args:
+      kind: one of `COLLECTIVES`.
+      size: bytes of the whole that is gathered, scattered or summed, at one chip.
+      groups: positions in `places_NxA`, [groups, members].
+      chip: of each.
+      places_NxA: coordinates in the grid; for GPUs the machine's number.
+    """
+    members = groups.shape[1]
+    if members == 1:
+        return 0.0
+    sent = size * (members - 1) / members
+    if chip.platform == "tpu":
+        axes = np.array([len(set(axis)) for axis in places_NxA[groups[0]].T])
+        bandwidth = chip.link * (2 * (axes > 2).sum() + (axes == 2).sum())
+        if kind == "all-to-all":  # goes a quarter of the way around
+            sent = max(sent, size * axes.max() / 4)
+        if kind == "collective-permute":  # one way, to a neighbour
+            sent, bandwidth = size, chip.link
+    else:
+        local = min(np.unique(places_NxA[group], return_counts=True)[1].min() for group in groups)
+        bandwidth = chip.link if local == members else min(chip.link, chip.network * local)
+        sent = size if kind == "collective-permute" else sent
+    return float(sent * (2 if kind == "all-reduce" else 1) / bandwidth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,28 +131,30 @@ def compiler_seconds(program: hlo.Program, chip: Chip) -> float | None:
     return cycles / chip.clock if cycles else None
 
 
-def collectives(program: hlo.Program, devices: int) -> list[Collective]:
-    """Every collective that runs, those in kernels too."""
+def collectives(program: hlo.Program, chip: Chip, places_NxA: np.ndarray) -> list[Collective]:
+    """Every collective that runs, those in kernels too; the last arguments as in `network_seconds`."""
     found = []
     for times, where, instruction in program.instructions(fused=True):
         kind = instruction.kind.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
         operands = [s for name in instruction.operands for s in where[name].shapes]
-        groups = replica_groups(instruction.attributes, devices)
+        groups = replica_groups(instruction.attributes, len(places_NxA))
         if groups is None:
             pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", instruction.attributes).group(1)
             groups = np.array([[int(n) for n in p] for p in re.findall(r"\{?(\d+),(\d+)", pairs)])
         grown = groups.shape[1] if kind == "all-gather" else 1
         source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+        size = grown * sum(shape.bytes for shape in operands)
         found.append(
             Collective(
                 kind,
                 times,
                 max(operands, key=lambda shape: shape.bytes).dtype,
                 grown * sum(shape.elements for shape in operands),
-                grown * sum(shape.bytes for shape in operands),
+                size,
                 groups,
+                times * network_seconds(kind, size, groups, chip, places_NxA),
                 waits=instruction.kind == kind,
                 where=source.group(1) if source else "",
             )

@@ -29,6 +29,16 @@ def half_dtype() -> Any:
     return target[1] if target else jnp.bfloat16
 
 
+def compiler_options() -> dict[str, str]:
+    """How the target's compiler is to build a training step."""
+    if target_platform() != "tpu":
+        return {}
+    # A product with an operand that is gathered over n devices would become a ring of n products, to hide
+    # the gathering. With fsdp = 32 their inner dimension is 128 and each adds up into memory: by the
+    # compiler's own reckoning twice the time of gathering first (docs/scale.md).
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+
 @contextlib.contextmanager
 def compiling_for(platform: str, half: Any = jnp.bfloat16) -> Iterator[None]:
     """Programs traced inside are for devices of that platform, which this process need not have.

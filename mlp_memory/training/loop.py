@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlp_memory.artifacts import Directory, Manifest, UserError
-from mlp_memory.parallel.mesh import half_dtype, target_platform
+from mlp_memory.parallel.mesh import compiler_options, half_dtype, target_platform
 from mlp_memory.parallel.sharding import BATCH, abstract_batch, place_batch, state_shardings
 from mlp_memory.training import checkpoints, optimizer
 from mlp_memory.training.batches import Batches
@@ -78,7 +78,7 @@ class _Run:
         params = state_shardings(self.template, mesh)
         self.abstract = jax.eval_shape(self._start, nnx.to_pure_dict(self.template))
         self.shardings = self._shard_optimizer(params)
-        self.step = jax.jit(self._step, donate_argnums=0)
+        self.step = jax.jit(self._step, donate_argnums=0, compiler_options=compiler_options())
 
     def _start(self, params: Any) -> State:
         return {"params": params, "opt": self.tx.init(params)}

@@ -34,6 +34,10 @@ print(jax.jit(step).lower(*shapes).compile().as_text())
 """.replace("LAYERS", "40")
 
 
+# Eight GPUs in one machine.
+MACHINE = np.zeros((8, 1), int)
+
+
 @pytest.fixture(scope="module")
 def program() -> hlo.Program:
     environment = {
@@ -54,7 +58,7 @@ def test_flops_of_a_scan_count_every_turn(program):
 
 
 def test_collectives_count_every_turn_with_their_bytes_and_groups(program):
-    found = {c.kind: c for c in compiled.collectives(program, 8)}
+    found = {c.kind: c for c in compiled.collectives(program, CHIPS["h100"], MACHINE)}
     assert set(found) == {"all-reduce", "reduce-scatter"}
     inside, after = found["all-reduce"], found["reduce-scatter"]
     assert (inside.times, inside.dtype, inside.bytes) == (40, "f32", 8 * 48 * 4)
@@ -113,7 +117,9 @@ ENTRY %main (x.1: f32[8]) -> f32[8] {
 def test_a_loop_without_a_note_turns_as_its_condition_and_step_say(start, turns):
     program = hlo.parse(TPU_LOOP.replace("START", str(start)))
     assert program.times["body"] == turns
-    assert [c.times for c in compiled.collectives(program, 8)] == ([turns] if turns else [])
+    assert [c.times for c in compiled.collectives(program, CHIPS["h100"], MACHINE)] == (
+        [turns] if turns else []
+    )
     # A kernel whose cycles the compiler does not know adds none.
     seconds = compiled.compiler_seconds(program, CHIPS["v5p"])
     assert seconds == (pytest.approx(turns * 700 / CHIPS["v5p"].clock) if turns else None)
@@ -154,21 +160,31 @@ def test_flops_of_a_convolution_leave_padding_out():
     assert compiled.matmul_flops(hlo.parse(CONVOLUTION)) == 2 * 3 * 10 * 6 * 7
 
 
-def collective(kind: str, groups: list[list[int]], size: int = 10**9) -> compiled.Collective:
-    return compiled.Collective(kind, 1, "f32", size // 4, size, np.array(groups), True, "")
+def test_collective_times_on_gpus_by_hand():
+    h100, machines = CHIPS["h100"], np.arange(16)[:, None] // 8
 
+    def seconds(kind: str, group: list[int]) -> float:
+        return compiled.network_seconds(kind, 10**9, np.array([group]), h100, machines)
 
-def test_collective_times_by_hand():
-    v5p, h100 = CHIPS["v5p"], CHIPS["h100"]
-    four = collective("all-gather", [[0, 1, 2, 3]])
-    assert four.seconds(v5p) == pytest.approx(0.75e9 / 200e9)
-    assert collective("all-reduce", [[0, 1, 2, 3]]).seconds(v5p) == pytest.approx(2 * four.seconds(v5p))
-    assert four.seconds(h100) == pytest.approx(0.75e9 / 450e9)
+    assert seconds("all-gather", [0, 1, 2, 3]) == pytest.approx(0.75e9 / 450e9)
+    assert seconds("all-reduce", [0, 1, 2, 3]) == pytest.approx(2 * 0.75e9 / 450e9)
     # One GPU of each of two machines has one network card; all sixteen have eight a machine.
-    assert collective("all-gather", [[0, 8]]).seconds(h100) == pytest.approx(0.5e9 / 50e9)
-    both = collective("all-gather", [list(range(16))])
-    assert both.seconds(h100) == pytest.approx(15 / 16 * 1e9 / 400e9)
-    assert collective("all-gather", [[0]]).seconds(h100) == 0
+    assert seconds("all-gather", [0, 8]) == pytest.approx(0.5e9 / 50e9)
+    assert seconds("all-gather", list(range(16))) == pytest.approx(15 / 16 * 1e9 / 400e9)
+    assert seconds("all-gather", [0]) == 0
+
+
+def test_collective_times_on_a_grid_by_hand():
+    v5p, grid = CHIPS["v5p"], np.stack(np.meshgrid(*map(range, (2, 4, 4)), indexing="ij"), -1).reshape(-1, 3)
+
+    def seconds(kind: str, *groups: list[int]) -> float:
+        return compiled.network_seconds(kind, 10**9, np.array(groups), v5p, grid)
+
+    # Four along one axis have two links, sixteen of a plane four, all 32 one more along the short axis.
+    assert seconds("all-gather", [0, 1, 2, 3], [4, 5, 6, 7]) == pytest.approx(3 / 4 * 1e9 / 200e9)
+    assert seconds("reduce-scatter", list(range(16))) == pytest.approx(15 / 16 * 1e9 / 400e9)
+    assert seconds("all-reduce", list(range(32))) == pytest.approx(2 * 31 / 32 * 1e9 / 500e9)
+    assert seconds("collective-permute", [0, 1], [1, 2]) == pytest.approx(1e9 / 100e9)
 
 
 @pytest.mark.parametrize(
