@@ -133,11 +133,18 @@ def compiler_seconds(program: hlo.Program, chip: Chip) -> float | None:
 
 def collectives(program: hlo.Program, chip: Chip, places_NxA: np.ndarray) -> list[Collective]:
     """Every collective that runs, those in kernels too; the last arguments as in `network_seconds`."""
-    found = []
+    found, chains = [], set()
     for times, where, instruction in program.instructions(fused=True):
         kind = instruction.kind.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
+        # The TPU compiler splits one that it hides behind products over the kernels of a chain.
+        chain = re.search(r'chain_id="\d+"', instruction.attributes)
+        part = chain and re.search(r"channel_id=\d+", instruction.attributes).group(0)
+        if part in chains:
+            continue
+        if part:
+            chains.add(part)
         operands = [s for name in instruction.operands for s in where[name].shapes]
         groups = replica_groups(instruction.attributes, len(places_NxA))
         if groups is None:
@@ -155,7 +162,7 @@ def collectives(program: hlo.Program, chip: Chip, places_NxA: np.ndarray) -> lis
                 size,
                 groups,
                 times * network_seconds(kind, size, groups, chip, places_NxA),
-                waits=instruction.kind == kind,
+                waits=instruction.kind == kind and not part,
                 where=source.group(1) if source else "",
             )
         )
