@@ -48,6 +48,7 @@ def plan(topology: str, recipe: str, accumulate: int | None) -> None:
         *([f"--gin=distill.accumulate={accumulate}"] if accumulate else []),
     ]
     print("plan distill", *words, flush=True)
+    file.unlink(missing_ok=True)
     done = subprocess.run(
         [sys.executable, "-m", "mlp_memory", "plan", "distill", *words, f"--json={file}"],
         cwd=REPOSITORY,
@@ -77,12 +78,13 @@ def tables() -> str:
         for recipe in recipes
     ]
     first = [
-        "| topology | memory | fits: GB of GB a chip | parameters, optimizer, batch, rest | FLOPs a step: model, "
-        "compiled | collectives a chip and step: GB (count) |",
+        "| topology | memory | GB of a chip's GB | parameters, optimizer, batch, rest "
+        "| FLOPs a step: model, compiled | collectives a chip and step: GB (count) |",
         "|---|---|---|---|---|---|",
     ]
     second = [
-        "| topology | memory | products at peak | HBM | network | compiler | step | MFU | rows/s | days | cost |",
+        "| topology | memory | products at peak | HBM | network | compiler | step | MFU | rows/s | days "
+        "| cost |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for topology, recipe, found in plans:
@@ -127,6 +129,7 @@ def _times(found: dict) -> str:
 
 
 def main() -> None:
+    """Plans what the command line names, then writes the page."""
     wanted = sys.argv[1:] or list(CASES)
     if unknown := set(wanted) - set(CASES):
         sys.exit(f"no such topology here: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
