@@ -42,8 +42,9 @@ _COMPILER_OPTIONS = {
     "gpu": {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
 }
 
-# What libtpu would otherwise ask of a machine that has TPUs.
+# What libtpu would otherwise ask of a machine that has TPUs, and that one process has them alone.
 _NO_TPU_HERE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
