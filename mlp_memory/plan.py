@@ -78,8 +78,8 @@ class Plan:
       compiler_seconds: the TPU compiler's cycles, without collectives; None for GPUs.
       compute_seconds, hbm_seconds, network_seconds: each alone at its peak.
       step_seconds: predicted: the compiler's time and the collectives that are waited for, and no less
-        than the longest of the three before. For GPUs, which have no compiler's time, the sum of
-        matrix products and waited-for collectives.
+        than the longest of the three before. For GPUs, which have no compiler's time, the longer of
+        products and network: a bound, since HBM traffic is not known well enough to count.
       mfu: model FLOPs over what the chips' peak would do meanwhile.
       days, dollars: of all the recipe's steps.
     """
@@ -136,7 +136,7 @@ def plan_training(stage: str, config: Config, topology: Topology, price: float |
     network = sum(c.seconds for c in found)
     waited = sum(c.seconds for c in found if c.waits)
     estimate = reading.compiler_seconds(program, chip) if chip.platform == "tpu" else None
-    step = compute + waited if estimate is None else max(estimate + waited, compute, hbm, network)
+    step = max(compute, network) if estimate is None else max(estimate + waited, compute, hbm, network)
     days = settings.steps * step / 86400
     price = chip.price if price is None else price
     return Plan(
@@ -187,6 +187,8 @@ def _compile(
         try:
             compiled = lowered.compile(_COMPILER_OPTIONS[topology.chip.platform])
         except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
             raise UserError(_too_large(stage, topology, error)) from error
     return compiled, settings, task, flops, _places(mesh, topology)
 
@@ -250,10 +252,8 @@ def _too_large(stage: str, topology: Topology, error: Exception) -> str:
     found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error)) or re.search(
         r"memory required .*?\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error)
     )
-    if not found:
-        return f"{stage} cannot be compiled for {topology.name}: {first_line(error)[:300]}"
-    needed, there = (f"{number}B" for number in found.groups())
-    return f"{stage} does not fit {topology.name}, {needed} needed of {there} a chip: {ADVICE}"
+    needed = ", {}B needed of {}B a chip".format(*found.groups()) if found else ""
+    return f"{stage} does not fit {topology.name}{needed}: {ADVICE}"
 
 
 def _arguments(compiled: jax.stages.Compiled) -> dict[str, int]:

@@ -9,8 +9,16 @@ from flax import nnx
 from mlp_memory.artifacts import ArrayReader, Directory, UserError, begin
 from mlp_memory.datastore.store import RecomputedRows
 from mlp_memory.memory.config import DistillConfig, MemoryConfig
-from mlp_memory.memory.distill import TargetSource, ValidationRows, distill, distillation_loss, load_memory
+from mlp_memory.memory.distill import (
+    TargetSource,
+    ValidationRows,
+    batch_shapes,
+    distill,
+    distillation_loss,
+    load_memory,
+)
 from mlp_memory.memory.mlp import Memory
+from mlp_memory.training.batches import Batches
 
 N, D, V, M = 90, 6, 37, 4
 CONFIG = MemoryConfig(style="llama", layers=1, dim=8, ffn_dim=16, input_dim=D, vocab_size=V)
@@ -124,6 +132,17 @@ def test_training_elements_hold_every_row_once_and_aligned(data, rng):
     assert (joined["weight"][N:] == 0).all()
     assert len(joined["weight"]) == block * len(source) < N + block
     assert joined["rows"].tolist() == list(range(0, N, block))
+
+
+def test_the_shapes_that_are_planned_with_are_those_of_training_batches(data):
+    stream, reader, target_directory, _, keys, ids, _ = data
+    config = DistillConfig(batch_size=6, block_rows=5)
+    source = TargetSource(stream, reader, target_directory, config.block_rows)
+    found = next(Batches(source, config.batch_size, seed=0).from_step(0))
+    planned = batch_shapes(config, keys.shape[1], ids.shape[1])
+    assert {name: (x.shape, x.dtype) for name, x in planned.items()} == {
+        name: (x.shape, x.dtype) for name, x in found.items() if name != "rows"
+    }
 
 
 def run_distill(folder, data, mesh, config=CONFIG, **settings):
