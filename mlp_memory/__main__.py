@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import json
 import logging
 import math
 import os
@@ -40,6 +41,15 @@ For Wikipedia's five billion tokens and Llama-2-7B, keys as 256 numbers of one b
       --gin_file=gin_configs/recipes/paper_llama2_7b_wikipedia.gin \\
       --gin='embed.key_dtype="int8"' --gin='embed.key_dim=256'
 """
+_PLAN_TRAINING_EPILOG = """\
+A machine without TPUs can compile for them; make plan prepares what that needs:
+
+  make plan ARGS='distill --topology=v5p-64 --gin_file=gin_configs/recipes/paper_mistral_7b_wikipedia.gin \\
+      --gin_file=gin_configs/scale/v5p_64.gin'
+
+For GPUs (h100-8, h100-64, h200-8) any environment will do.
+"""
+TRAININGS = ("distill", "pretrain", "joint")
 
 SECTIONS = {
     field.name: gin.external_configurable(field.default_factory, name=field.name, module="mlp_memory")
@@ -106,28 +116,57 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_plan(stages: argparse._SubParsersAction) -> None:
-    text = "what stages would need at another size, on paper"
-    plan = stages.add_parser(
-        "plan",
-        help=text,
-        description=text,
-        epilog=_PLAN_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    plan.add_argument(
-        "what", choices=("retrieve",), help="retrieve: embed, index and retrieve: disk, memory, worker-hours"
-    )
-    plan.add_argument("--rows", required=True, help="tokens of the datastore: 600e6, say")
-    plan.add_argument("--dim", type=int, help="of a hidden state (decoder.dim)")
-    plan.add_argument("--k", type=int, help="neighbours (retrieve.k)")
-    plan.add_argument("--workers", type=int, default=1, help="processes of two cores")
-    plan.add_argument("--gin_file", action="append", default=[], help="recipe; may be given again")
-    plan.add_argument(
-        "--gin", action="append", default=[], metavar="NAME.PARAM=VALUE", help="binding; may be given again"
-    )
+    text = "what stages would need at another size, or trainings on chips that are not here"
+    plan = stages.add_parser("plan", help=text, description=text)
+    whats = plan.add_subparsers(dest="what", required=True, metavar="WHAT")
+    texts = {
+        "retrieve": "embed, index and retrieve: disk, memory, worker-hours, on paper",
+        **{name: f"{name}, compiled for a topology: memory, time, cost" for name in TRAININGS},
+    }
+    for name, text in texts.items():
+        what = whats.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=_PLAN_EPILOG if name == "retrieve" else _PLAN_TRAINING_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        what.add_argument("--gin_file", action="append", default=[], help="recipe; may be given again")
+        what.add_argument(
+            "--gin",
+            action="append",
+            default=[],
+            metavar="NAME.PARAM=VALUE",
+            help="binding; may be given again",
+        )
+        if name == "retrieve":
+            what.add_argument("--rows", required=True, help="tokens of the datastore: 600e6, say")
+            what.add_argument("--dim", type=int, help="of a hidden state (decoder.dim)")
+            what.add_argument("--k", type=int, help="neighbours (retrieve.k)")
+            what.add_argument("--workers", type=int, default=1, help="processes of two cores")
+        else:
+            what.add_argument("--topology", required=True, help="v5e-16, v5p-64, v5p:4x4x4, h100-8, ...")
+            what.add_argument("--price", type=float, help="dollars for a chip's hour; list price if left out")
+            what.add_argument("--json", metavar="FILE", help="the same as JSON")
 
 
-def _plan(args: argparse.Namespace) -> None:
+def _plan_training(args: argparse.Namespace) -> None:
+    from mlp_memory.parallel.chips import find_topology
+    from mlp_memory.plan import ADVICE, plan_training, training_table
+
+    if args.price is not None and not 0 <= args.price < math.inf:
+        raise UserError(f"--price = {args.price}: give dollars for a chip's hour, 0 or more")
+    topology = find_topology(args.topology)
+    plan = plan_training(args.what, load_config(args.gin_file, args.gin, None), topology, args.price)
+    print(training_table(plan))
+    if args.json:
+        folder, _, name = os.path.abspath(args.json).rpartition("/")
+        Directory(folder).write(name, json.dumps(dataclasses.asdict(plan), indent=1).encode())
+    if not plan.fits:
+        raise UserError(f"{plan.stage} does not fit {plan.topology}: {ADVICE}")
+
+
+def _plan_retrieve(args: argparse.Namespace) -> None:
     from mlp_memory.targets.plan import plan_retrieve, plan_table
 
     for name, value in (("--dim", args.dim), ("--k", args.k), ("--workers", args.workers)):
@@ -243,8 +282,6 @@ def _work(job: Job, stage: pipeline.Stage) -> None:
 
 
 def _show_results(job: Job) -> None:
-    import json
-
     from mlp_memory.evaluation.table import results_table
 
     data = job.workdir.read("reports/results.json")
@@ -270,7 +307,7 @@ def _setting(source: str) -> str:
 
 def _dispatch(args: argparse.Namespace) -> None:
     if args.stage == "plan":
-        _plan(args)
+        _plan_retrieve(args) if args.what == "retrieve" else _plan_training(args)
         return
     workdir = Directory(args.workdir)
     source = getattr(args, "source", None)

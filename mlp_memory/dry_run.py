@@ -9,22 +9,26 @@ from flax import nnx
 from mlp_memory.config import Config
 from mlp_memory.corpus.config import CorpusConfig
 from mlp_memory.corpus.vocabulary import Vocabulary
+from mlp_memory.decoder.config import DecoderConfig
 from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.job import is_there
+from mlp_memory.memory.config import MemoryConfig
 from mlp_memory.memory.mlp import Memory
 
 
-def shapes_table(config: Config) -> str:
+def shapes_table(config: Config, devices: int | None = None) -> str:
     """Parameters of decoder and memory with shapes and logical axes, and the sizes of the trainings.
+
+    Args:
+      config: every section.
+      devices: that the mesh is for; None for those of this process.
 
     Raises:
       UserError: the mesh does not fit the devices, or the decoder the vocabulary.
     """
-    decoder = _imported(config.pretrained.source)
-    decoder = decoder or config.decoder.with_vocabulary(_vocab_size(config.corpus))
-    memory = _imported(config.pretrained.memory) or config.memory.resolved(decoder.dim, decoder.vocab_size)
-    sizes = config.mesh.sizes(jax.device_count())
-    lines = [f"# mesh slice, data, fsdp, tensor = {sizes} over {jax.device_count()} device(s)"]
+    decoder, memory = resolved_shapes(config)
+    devices = jax.device_count() if devices is None else devices
+    lines = [f"# mesh slice, data, fsdp, tensor = {config.mesh.sizes(devices)} over {devices} device(s)"]
     for name, make in (
         ("decoder", lambda: Decoder(decoder, nnx.Rngs(0))),
         ("memory", lambda: Memory(memory, nnx.Rngs(0))),
@@ -51,6 +55,18 @@ def shapes_table(config: Config) -> str:
             f"teacher of k = {config.retrieve.k}, {config.retrieve.top_m} tokens a row"
         )
     return "\n".join(lines)
+
+
+def resolved_shapes(config: Config) -> tuple[DecoderConfig, MemoryConfig]:
+    """Decoder and memory with every size set: of the models named where they are on this machine.
+
+    Raises:
+      UserError: the decoder does not fit the vocabulary.
+    """
+    decoder = _imported(config.pretrained.source)
+    decoder = decoder or config.decoder.with_vocabulary(_vocab_size(config.corpus))
+    memory = _imported(config.pretrained.memory) or config.memory.resolved(decoder.dim, decoder.vocab_size)
+    return decoder, memory
 
 
 def _imported(location: str) -> Any:

@@ -286,21 +286,12 @@ class Job:
 
     def memory_inputs(self) -> "States":
         """Those states as distillation reads them: stored, or computed again inside the step."""
-        from mlp_memory.decoder.windows import WindowPlan
         from mlp_memory.memory.states import RecomputedStates, StoredStates
-        from mlp_memory.training.loop import compute_dtype
 
-        config = self.embed_config
-        if config.keeps_states:
+        embed, block_rows = self.embed_config, self.config.distill.block_rows
+        if embed.keeps_states:
             return StoredStates(self.states())
-        return RecomputedStates(
-            self.decoder()[0],
-            self.stream("train"),
-            WindowPlan(config.context, config.stride),
-            config.tap,
-            compute_dtype(config.dtype),
-            self.config.distill.block_rows,
-        )
+        return RecomputedStates(self.decoder()[0], self.stream("train"), embed, block_rows)
 
     def _datastore(self) -> tuple[Any, ...]:
         reader = functools.cache(self.row_reader)  # loads the decoder, if rows must be computed

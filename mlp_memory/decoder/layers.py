@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mlp_memory.parallel.mesh import target_platform
+
 _MOST_UNROLLED = 16
 
 
@@ -112,6 +114,8 @@ def scan_blocks(
     elif remat == "dots":
         body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     # On CPU the loop's copies of stacked activations cost a fifth of a training step.
-    unroll = count if jax.default_backend() == "cpu" and count <= _MOST_UNROLLED else 1
+    # Unrolled, it would keep what remat is to throw away: XLA finds the same products twice.
+    small = remat == "none" and count <= _MOST_UNROLLED
+    unroll = count if target_platform() == "cpu" and small else 1
     carry, _ = jax.lax.scan(body, carry, (state, jnp.arange(count)), unroll=unroll)
     return carry

@@ -31,6 +31,18 @@ def language_model_loss(
     return sparse_cross_entropy(hidden_NxD, model.head_kernel(), labels_Nx1, weight_Nx1, mesh)
 
 
+def pretrain_task(name: str, model_config: DecoderConfig, config: PretrainConfig, mesh: Mesh) -> Task:
+    """The training of a decoder of that shape, but for its data."""
+    dtype = compute_dtype(config.dtype)
+    return Task(
+        name=name,
+        make_model=lambda rngs: Decoder(model_config, rngs),
+        loss=lambda model, frozen, batch, key: language_model_loss(model, dtype, batch, config.remat, mesh),
+        unit="tokens",
+        unit_per_step=config.batch_size * config.context,
+    )
+
+
 def pretrain(
     directory: Directory,
     manifest: Manifest,
@@ -66,16 +78,12 @@ def pretrain(
         nll = float(-log_prob_N[scored].astype(np.float64).mean())
         return {"validation_loss": nll, "validation_perplexity": float(np.exp(nll))}
 
-    task = Task(
-        name=directory.location.rsplit("/", 1)[-1],
-        make_model=lambda rngs: Decoder(model_config, rngs),
-        loss=lambda model, frozen, batch, key: language_model_loss(model, dtype, batch, config.remat, mesh),
+    task = dataclasses.replace(
+        pretrain_task(directory.location.rsplit("/", 1)[-1], model_config, config, mesh),
         batches=Batches(
             WindowSource(train_stream, config.context), config.batch_size, config.seed, config.read_threads
         ),
         evaluate=evaluate,
-        unit="tokens",
-        unit_per_step=config.batch_size * config.context,
         initial=None if initial is None else nnx.to_pure_dict(nnx.state(initial)),
     )
     tokens = config.steps * config.batch_size * config.context

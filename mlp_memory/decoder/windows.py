@@ -7,6 +7,7 @@ the row's own document, so its context is what precedes it in the window and the
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from mlp_memory.corpus.stream import TokenStream
@@ -105,6 +106,12 @@ def window_arrays(stream: TokenStream, start: int, length: int) -> dict[str, np.
         "segments": padded(stream.document_ids(start, stop), -1, np.int32),
         "weight": padded(stream.has_next(start, stop), 0, np.float32),
     }
+
+
+def batch_shapes(windows: int, context: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of `WindowSource`'s elements, less their rows."""
+    dtypes = {"tokens": np.int32, "labels": np.int32, "segments": np.int32, "weight": np.float32}
+    return {name: jax.ShapeDtypeStruct((windows, context), dtype) for name, dtype in dtypes.items()}
 
 
 class WindowSource:

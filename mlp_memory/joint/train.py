@@ -12,7 +12,7 @@ from mlp_memory.artifacts import Directory, Manifest
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.datastore.embed import row_reader
-from mlp_memory.decoder.config import Tap
+from mlp_memory.decoder.config import DecoderConfig, Tap
 from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.decoder.windows import WindowSource, read, spread
 from mlp_memory.joint.config import JointConfig
@@ -64,6 +64,37 @@ def mixture_loss(
     return -(mixture_log_prob(memory_N, base_N, weight) * weight_N).sum()
 
 
+def joint_task(
+    decoder_config: DecoderConfig,
+    memory: Memory,
+    config: JointConfig,
+    tap: Tap,
+    weight: float,
+    mesh: Mesh,
+) -> Task:
+    """The training of a decoder of that shape beside a frozen memory, but for its data."""
+    memory_def, memory_state = nnx.split(memory)
+    dtype = compute_dtype(config.dtype)
+    return Task(
+        name="joint",
+        make_model=lambda rngs: Decoder(decoder_config, rngs),
+        loss=lambda model, frozen, batch, key: mixture_loss(
+            model,
+            nnx.merge(memory_def, frozen),
+            batch,
+            weight,
+            tap,
+            config.through_memory,
+            dtype,
+            config.remat,
+            mesh,
+        ),
+        unit="tokens",
+        unit_per_step=config.batch_size * config.context,
+        frozen=memory_state,
+    )
+
+
 def train_joint(
     directory: Directory,
     manifest: Manifest,
@@ -90,7 +121,6 @@ def train_joint(
     """
     weight = float(default_weight if config.interpolation == "auto" else config.interpolation)
     dtype = compute_dtype(config.dtype)
-    memory_def, memory_state = nnx.split(memory)
     ranges = spread(len(validation_stream), config.eval_rows)
     scored = read(validation_stream.has_next, ranges)
     labels_N = read(validation_stream.labels, ranges)[scored]
@@ -100,27 +130,12 @@ def train_joint(
         memory_N = memory_log_probs(memory, taps[scored], labels_N, mesh, dtype)
         return mixture_figures(log_prob_N[scored], memory_N)
 
-    task = Task(
-        name="joint",
-        make_model=lambda rngs: Decoder(decoder.config, rngs),
-        loss=lambda model, frozen, batch, key: mixture_loss(
-            model,
-            nnx.merge(memory_def, frozen),
-            batch,
-            weight,
-            embed.tap,
-            config.through_memory,
-            dtype,
-            config.remat,
-            mesh,
-        ),
+    task = dataclasses.replace(
+        joint_task(decoder.config, memory, config, embed.tap, weight, mesh),
         batches=Batches(
             WindowSource(train_stream, config.context), config.batch_size, config.seed, config.read_threads
         ),
         evaluate=evaluate,
-        unit="tokens",
-        unit_per_step=config.batch_size * config.context,
-        frozen=memory_state,
         initial=nnx.to_pure_dict(nnx.state(decoder)),
     )
     tokens = config.steps * task.unit_per_step

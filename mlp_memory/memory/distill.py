@@ -119,6 +119,37 @@ def mixture_figures(base_log_prob_N: np.ndarray, memory_log_prob_N: np.ndarray) 
     }
 
 
+def batch_shapes(
+    config: DistillConfig, states: States, teacher_tokens: int, vocab_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A step's batch as `TargetSource` gives it, less its rows: B blocks of R rows, m teacher tokens each."""
+    blocks, rows = config.batch_size, config.block_rows
+    small = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    of_a_block = {
+        **states.shapes(rows),
+        "token_ids": jax.ShapeDtypeStruct((rows, teacher_tokens), small),
+        "probs": jax.ShapeDtypeStruct((rows, teacher_tokens), np.float16),
+        "labels": jax.ShapeDtypeStruct((rows,), np.int32),
+        "weight": jax.ShapeDtypeStruct((rows,), np.float32),
+    }
+    return {name: jax.ShapeDtypeStruct((blocks, *s.shape), s.dtype) for name, s in of_a_block.items()}
+
+
+def distill_task(model_config: MemoryConfig, config: DistillConfig, states: States, mesh: Mesh) -> Task:
+    """The training of a memory of that shape, resolved, but for its data."""
+    dtype = compute_dtype(config.dtype)
+    return Task(
+        name="distill",
+        make_model=lambda rngs: Memory(model_config, rngs),
+        loss=lambda model, frozen, batch, key: distillation_loss(
+            model, {**batch, "h": states.of(frozen, batch)}, config.alpha, key, dtype, config.remat, mesh
+        ),
+        unit="rows",
+        unit_per_step=config.batch_size * config.block_rows,
+        frozen=states.frozen,
+    )
+
+
 def distill(
     directory: Directory,
     manifest: Manifest,
@@ -164,17 +195,10 @@ def distill(
             "validation_memory_perplexity": float(np.exp(-log_prob_N.astype(np.float64).mean())),
         }
 
-    task = Task(
-        name="distill",
-        make_model=lambda rngs: Memory(model_config, rngs),
-        loss=lambda model, frozen, batch, key: distillation_loss(
-            model, {**batch, "h": states.of(frozen, batch)}, config.alpha, key, dtype, config.remat, mesh
-        ),
+    task = dataclasses.replace(
+        distill_task(model_config, config, states, mesh),
         batches=Batches(source, config.batch_size, config.seed, config.read_threads),
         evaluate=evaluate,
-        unit="rows",
-        unit_per_step=config.batch_size * config.block_rows,
-        frozen=states.frozen,
     )
     rows = config.steps * task.unit_per_step
     return train(

@@ -9,9 +9,10 @@ from flax import nnx
 
 from mlp_memory.artifacts import Rows, UserError
 from mlp_memory.corpus.stream import TokenStream
-from mlp_memory.decoder.config import Tap
+from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.decoder.windows import WindowPlan, window_arrays
+from mlp_memory.training.loop import compute_dtype
 
 
 class States(Protocol):
@@ -27,6 +28,10 @@ class States(Protocol):
 
     def block(self, start: int, rows: int) -> dict[str, np.ndarray]:
         """For rows start..start + `rows`, which may lie past the end; their values mean nothing then."""
+        ...
+
+    def shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Those of what `block` gives."""
         ...
 
     def of(self, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -46,6 +51,9 @@ class StoredStates:
         found = self._rows[start : min(start + rows, self.shape[0])]
         return {"h": np.pad(found, ((0, rows - len(found)), (0, 0)))}
 
+    def shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"h": jax.ShapeDtypeStruct((rows, self.shape[1]), self._rows.dtype)}
+
     def of(self, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
         return batch["h"]
 
@@ -60,24 +68,23 @@ class RecomputedStates:
     Args:
       decoder: what embedded the datastore.
       stream: the tokens.
-      plan, tap, dtype: how rows are read.
+      embed: how it was embedded.
       block_rows: rows of a block.
 
     Raises:
       UserError: a block can lie in no one window.
     """
 
-    def __init__(
-        self, decoder: Decoder, stream: TokenStream, plan: WindowPlan, tap: Tap, dtype: Any, block_rows: int
-    ):
-        if plan.context % block_rows or plan.stride % block_rows:
+    def __init__(self, decoder: Decoder, stream: TokenStream, embed: EmbedConfig, block_rows: int):
+        if embed.context % block_rows or embed.stride % block_rows:
             raise UserError(
-                f"distill.block_rows = {block_rows} does not divide embed.context = {plan.context} and "
-                f"embed.stride = {plan.stride}: it must where the decoder computes the states again; "
+                f"distill.block_rows = {block_rows} does not divide embed.context = {embed.context} and "
+                f"embed.stride = {embed.stride}: it must where the decoder computes the states again; "
                 "with the stride itself each row is computed the fewest times"
             )
         self._graphdef, self.frozen = nnx.split(decoder)
-        self._stream, self._plan, self._tap, self._dtype = stream, plan, tap, dtype
+        self._stream, self._plan = stream, WindowPlan(embed.context, embed.stride)
+        self._tap, self._dtype = embed.tap, compute_dtype(embed.dtype)
         self.shape = (len(stream), decoder.config.dim)
         self._block_rows = block_rows
 
@@ -89,6 +96,10 @@ class RecomputedStates:
             "segments": found["segments"],
             "offset": np.int32(start - first),
         }
+
+    def shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        window = jax.ShapeDtypeStruct((self._plan.context,), np.int32)
+        return {"tokens": window, "segments": window, "offset": jax.ShapeDtypeStruct((), np.int32)}
 
     def of(self, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
         decoder = nnx.merge(self._graphdef, frozen)

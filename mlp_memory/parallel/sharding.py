@@ -1,5 +1,6 @@
 """From logical axis names to mesh axes: one table, which must cover every parameter."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,6 +59,24 @@ def state_shardings(state: nnx.State, mesh: Mesh) -> Any:
                 )
         shardings[path] = NamedSharding(mesh, spec(axes))
     return nnx.traversals.unflatten_mapping(shardings)
+
+
+def abstract_batch(batch: dict[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what `place_batch` makes."""
+    sharding = NamedSharding(mesh, P(BATCH))
+    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding) for k, v in batch.items()}
+
+
+def without_numbers(make: Callable[[], nnx.Module], mesh: Mesh) -> nnx.Module:
+    """The model that `make` makes, shapes instead of arrays, laid out over a mesh that need not be here."""
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    shapes = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        nnx.to_pure_dict(state),
+        state_shardings(state, mesh),
+    )
+    nnx.replace_by_pure_dict(state, shapes)
+    return nnx.merge(graphdef, state)
 
 
 def place_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:

@@ -20,7 +20,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlp_memory.artifacts import Directory, Manifest, UserError
-from mlp_memory.parallel.sharding import BATCH, place_batch, state_shardings
+from mlp_memory.parallel.mesh import compiler_options, half_dtype, target_platform
+from mlp_memory.parallel.sharding import BATCH, abstract_batch, place_batch, state_shardings
 from mlp_memory.training import checkpoints, optimizer
 from mlp_memory.training.batches import Batches
 from mlp_memory.training.config import TrainConfig
@@ -41,10 +42,10 @@ class Task:
       loss: (model, frozen, batch, key) -> the loss summed over the batch, a float32 scalar.
         It is divided by the sum of batch["weight"]; a batch entry "rows" names the
         elements in error messages and is not given to the loss.
-      batches: where steps come from.
-      evaluate: validation figures of a model; must hold "validation_loss".
       unit: what a step consumes, for the rate shown.
       unit_per_step: how many of them.
+      batches: where steps come from; None where the step is only lowered.
+      evaluate: validation figures of a model; must hold "validation_loss"; None as above.
       frozen: pytree handed to `loss`, not differentiated.
       initial: parameters to start from, a pure dict; None for fresh ones.
     """
@@ -52,10 +53,10 @@ class Task:
     name: str
     make_model: Callable[[nnx.Rngs], nnx.Module]
     loss: Callable[[nnx.Module, Any, Batch, jax.Array], jax.Array]
-    batches: Batches
-    evaluate: Callable[[nnx.Module], dict[str, float]]
     unit: str
     unit_per_step: int
+    batches: Batches | None = None
+    evaluate: Callable[[nnx.Module], dict[str, float]] | None = None
     frozen: Any = None
     initial: Any = None
 
@@ -63,8 +64,8 @@ class Task:
 def compute_dtype(name: str) -> Any:
     """The dtype of the computation; "auto" is bfloat16 on accelerators, float32 on CPU."""
     if name == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return jnp.dtype(name)
+        name = "float32" if target_platform() == "cpu" else "bfloat16"
+    return half_dtype() if name == "bfloat16" else jnp.dtype(name)
 
 
 class _Run:
@@ -77,7 +78,7 @@ class _Run:
         params = state_shardings(self.template, mesh)
         self.abstract = jax.eval_shape(self._start, nnx.to_pure_dict(self.template))
         self.shardings = self._shard_optimizer(params)
-        self.step = jax.jit(self._step, donate_argnums=0)
+        self.step = jax.jit(self._step, donate_argnums=0, compiler_options=compiler_options())
 
     def _start(self, params: Any) -> State:
         return {"params": params, "opt": self.tx.init(params)}
@@ -226,12 +227,7 @@ def train(
       UserError: the loss is not finite.
       SystemExit: after SIGTERM, the state saved.
     """
-    parts = math.prod(mesh.shape[axis] for axis in BATCH)
-    if (config.batch_size // config.accumulate) % parts:
-        raise UserError(
-            f"batch_size = {config.batch_size} in {config.accumulate} part(s) does not divide over the "
-            f"{parts} devices of mesh axes {', '.join(BATCH)}: change batch_size or the mesh"
-        )
+    _check_batch(config, mesh)
     run = _Run(task, config, mesh)
     steps = checkpoints.StepCheckpoints(directory, config.keep)
     with contextlib.closing(steps), contextlib.closing(_StopRequest()) as stop:
@@ -247,6 +243,35 @@ def train(
         parameters=checkpoints.count_parameters(run.model(params)),
         **facts,
     )
+
+
+def lower_step(
+    task: Task, config: TrainConfig, mesh: Mesh, batch: dict[str, jax.ShapeDtypeStruct]
+) -> jax.stages.Lowered:
+    """The step that `train` runs, lowered for the mesh's devices, which need not be here.
+
+    Args:
+      task: what is trained; `frozen` may be abstract.
+      config: how it is trained.
+      mesh: devices.
+      batch: shape of each array of a step's batch, over all devices.
+
+    Raises:
+      UserError: the batch or a parameter does not divide over the mesh.
+    """
+    _check_batch(config, mesh)
+    run = _Run(task, config, mesh)
+    number = jax.ShapeDtypeStruct((), np.uint32)
+    return run.step.lower(run.abstract_state(), task.frozen, abstract_batch(batch, mesh), number)
+
+
+def _check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    parts = math.prod(mesh.shape[axis] for axis in BATCH)
+    if (config.batch_size // config.accumulate) % parts:
+        raise UserError(
+            f"batch_size = {config.batch_size} in {config.accumulate} part(s) does not divide over the "
+            f"{parts} devices of mesh axes {', '.join(BATCH)}: change batch_size or the mesh"
+        )
 
 
 def _take_steps(

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from mlp_memory.parallel.mesh import target_platform
 from mlp_memory.parallel.sharding import BATCH, RULES
 
 _CHUNK_ELEMENTS_ON_CPU = 1 << 24
@@ -113,7 +114,7 @@ _per_token.defvjp(_per_token_forward, _per_token_backward)
 
 def _head(mesh: Mesh | None, chunk_elements: int | None) -> "_Head":
     if chunk_elements is None:
-        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        platform = target_platform()
         chunk_elements = _CHUNK_ELEMENTS_ON_CPU if platform == "cpu" else _CHUNK_ELEMENTS
     return _Head(None if mesh is None or mesh.size == 1 else mesh, chunk_elements)
 

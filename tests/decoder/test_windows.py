@@ -4,7 +4,7 @@ import pytest
 
 from mlp_memory.decoder.config import Tap
 from mlp_memory.decoder.score import RowReader
-from mlp_memory.decoder.windows import WindowPlan, WindowSource, read, spread, window_arrays
+from mlp_memory.decoder.windows import WindowPlan, WindowSource, batch_shapes, read, spread, window_arrays
 
 
 def test_served_rows_tile_any_range_once_and_in_order(rng):
@@ -44,6 +44,8 @@ def test_training_windows_hold_every_row_once(make_stream, rng):
     stream, context = make_stream(int(rng.integers(50, 90))), int(rng.integers(3, 20))
     source = WindowSource(stream, context)
     parts = [source[i] for i in range(len(source))]
+    for name, planned in batch_shapes(1, context).items():
+        assert (planned.shape, planned.dtype) == ((1, *parts[0][name].shape), parts[0][name].dtype)
     segments = np.concatenate([p["segments"] for p in parts])
     held = segments >= 0
     assert held.sum() == len(stream)

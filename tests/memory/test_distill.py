@@ -7,14 +7,22 @@ import pytest
 from flax import nnx
 
 from mlp_memory.artifacts import ArrayReader, Directory, UserError, begin
+from mlp_memory.datastore.config import EmbedConfig
+from mlp_memory.datastore.embed import row_reader
 from mlp_memory.decoder.config import DecoderConfig, Tap
-from mlp_memory.decoder.score import RowReader
 from mlp_memory.decoder.transformer import Decoder
-from mlp_memory.decoder.windows import WindowPlan
 from mlp_memory.memory.config import DistillConfig, MemoryConfig
-from mlp_memory.memory.distill import TargetSource, ValidationRows, distill, distillation_loss, load_memory
+from mlp_memory.memory.distill import (
+    TargetSource,
+    ValidationRows,
+    batch_shapes,
+    distill,
+    distillation_loss,
+    load_memory,
+)
 from mlp_memory.memory.mlp import Memory
 from mlp_memory.memory.states import RecomputedStates, StoredStates
+from mlp_memory.training.batches import Batches
 
 N, D, V, M = 90, 6, 37, 4
 CONFIG = MemoryConfig(style="llama", layers=1, dim=8, ffn_dim=16, input_dim=D, vocab_size=V)
@@ -138,6 +146,17 @@ def test_training_elements_hold_every_row_once_and_aligned(data, rng):
     assert joined["rows"].tolist() == list(range(0, N, block))
 
 
+def test_the_shapes_that_are_planned_with_are_those_of_training_batches(data):
+    stream, reader, target_directory, _, _, ids, _ = data
+    config = DistillConfig(batch_size=6, block_rows=5)
+    source = TargetSource(stream, reader, target_directory, config.block_rows)
+    found = next(Batches(source, config.batch_size, seed=0).from_step(0))
+    planned = batch_shapes(config, reader, ids.shape[1], V)
+    assert {name: (x.shape, x.dtype) for name, x in planned.items()} == {
+        name: (x.shape, x.dtype) for name, x in found.items() if name != "rows"
+    }
+
+
 def run_distill(folder, data, mesh, config=CONFIG, **settings):
     stream, reader, target_directory, validation, *_ = data
     directory = Directory(folder)
@@ -207,10 +226,10 @@ def decoder(randomize):
 def test_states_computed_in_the_step_give_the_losses_of_stored_ones(
     data, decoder, mesh, tmp_path, write_arrays, block, tap
 ):
-    stream, plan = data[0], WindowPlan(24, 8)
-    states = RowReader(decoder, mesh, plan, tap).taps(stream, 0, N)
+    stream, embed = data[0], EmbedConfig(24, 8, tap.layer, tap.kind)
+    states = row_reader(embed, decoder, mesh).taps(stream, 0, N)
     stored = StoredStates(ArrayReader(write_arrays(tmp_path / "states", keys=states), "keys"))
-    online = RecomputedStates(decoder, stream, plan, tap, jnp.float32, block)
+    online = RecomputedStates(decoder, stream, embed, block)
     assert online.shape == stored.shape
     curves = []
     for name, found in (("stored", stored), ("online", online)):
@@ -225,4 +244,4 @@ def test_states_computed_in_the_step_give_the_losses_of_stored_ones(
 @pytest.mark.parametrize("block", [5, 16])
 def test_blocks_that_lie_in_no_one_window_are_refused(data, decoder, block):
     with pytest.raises(UserError, match=f"block_rows = {block} does not divide"):
-        RecomputedStates(decoder, data[0], WindowPlan(24, 8), Tap(), jnp.float32, block)
+        RecomputedStates(decoder, data[0], EmbedConfig(24, 8), block)

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 from pathlib import Path
 
@@ -5,7 +6,8 @@ import pytest
 
 from mlp_memory.__main__ import load_config
 from mlp_memory.artifacts import Directory
-from mlp_memory.dry_run import shapes_table
+from mlp_memory.dry_run import resolved_shapes, shapes_table
+from mlp_memory.parallel.chips import find_topology
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = sorted((REPOSITORY / "gin_configs").rglob("*.gin"))
@@ -23,7 +25,9 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_every_gin_file_parses_and_has_shapes(path, tmp_path):
     config = load_config([str(path)], [], Directory(tmp_path))
-    table = shapes_table(config)
+    topology = path.stem.replace("_", "-")
+    devices = find_topology(topology).chips if path.parent.name == "scale" else None
+    table = shapes_table(config, devices)
     assert "# decoder.embedding" in table
     assert "# memory.head" in table
     for line in path.read_text().splitlines():
@@ -63,6 +67,22 @@ def test_a_corpus_given_after_a_recipe_replaces_the_recipes_files(path, tmp_path
         assert getattr(alone, field) == getattr(after, field)
 
 
+SCALES = [path for path in FILES if path.parent.name == "scale"]
+SCALED = ("paper_mistral_7b_wikipedia", "paper_llama2_7b_wikipedia", "memory_10b_wikipedia")
+
+
+@pytest.mark.parametrize("path", SCALES, ids=name)
+@pytest.mark.parametrize("recipe", SCALED)
+def test_a_scale_file_lays_out_a_recipe_without_changing_its_rows(path, recipe):
+    files = [str(REPOSITORY / f"gin_configs/recipes/{recipe}.gin")]
+    alone, scaled = load_config(files, [], None), load_config([*files, str(path)], [], None)
+    _, data, fsdp, _ = scaled.mesh.sizes(find_topology(path.stem.replace("_", "-")).chips)
+    assert scaled.distill.batch_size // scaled.distill.accumulate % (data * fsdp) == 0
+    assert scaled.joint.batch_size % (data * fsdp) == 0
+    changed = {"accumulate": 1, "remat": "dots"}
+    assert dataclasses.replace(scaled.distill, **changed) == dataclasses.replace(alone.distill, **changed)
+
+
 # Parameters of the memories in millions: PAPER.md, "memory sizes"; those of the 7 B bases are
 # given without the head, 1.1 to 1.4 billion.
 PAPER_MEMORIES = {
@@ -95,3 +115,11 @@ def test_paper_recipes_have_the_papers_sizes_and_settings(name, tmp_path):
     assert config.retrieve.temperature == (16.0 if gpt2 else "auto")
     rows = config.distill.steps * config.distill.batch_size * config.distill.block_rows
     assert rows == pytest.approx(50 * 117e6 if gpt2 else 5 * 5e9, rel=0.001)
+
+
+def test_the_memory_of_the_large_recipe_has_ten_billion_parameters():
+    config = load_config([str(REPOSITORY / "gin_configs/recipes/memory_10b_wikipedia.gin")], [], None)
+    _, memory = resolved_shapes(config)
+    assert memory.matmul_parameters() == pytest.approx(10e9, rel=0.05)
+    rows = config.distill.steps * config.distill.batch_size * config.distill.block_rows
+    assert rows == pytest.approx(5 * 5e9, rel=0.001)

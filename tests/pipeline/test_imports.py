@@ -56,6 +56,7 @@ def test_training_processes_load_no_tensorflow_seqio_scann_or_beam_and_repeat_th
     [
         "mlp_memory.pipeline",
         "mlp_memory.config",
+        "mlp_memory.plan",
         "mlp_memory.__main__",
         "mlp_memory.corpus.stream",
         "mlp_memory.training.loop",
