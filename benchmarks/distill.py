@@ -185,7 +185,7 @@ def head_alone(sizes: Sizes, repeats: int) -> dict[str, float]:
 
 def feed(sizes: Sizes, block_rows: int, steps: int) -> dict[str, float]:
     """Seconds of a step whose batch is read from disk, and of one whose batch is there already."""
-    from mlp_memory.artifacts import ArrayReader, ArraySpec, ChunkWriter, Directory, begin
+    from mlp_memory.artifacts import ArrayReader, ArraySpec, ChunkWriter, Directory, begin, peek
     from mlp_memory.corpus.stream import TokenStream
     from mlp_memory.memory.distill import TargetSource
     from mlp_memory.memory.states import StoredStates
@@ -199,7 +199,7 @@ def feed(sizes: Sizes, block_rows: int, steps: int) -> dict[str, float]:
         def write(name: str, **arrays: np.ndarray) -> Directory:
             directory = Directory(f"{place}/{name}")
             specs = {k: ArraySpec.in_blocks(a.shape, a.dtype.name, 16384) for k, a in arrays.items()}
-            facts = {"vocab_size": sizes.vocab}
+            facts = {"vocab_size": sizes.vocab, "words": 0, "bytes": 0}
             writer = ChunkWriter(directory, begin(directory, name, {}, {}, specs))
             for chunk in range(len(writer)):
                 a, b = writer.rows(chunk)
@@ -210,7 +210,7 @@ def feed(sizes: Sizes, block_rows: int, steps: int) -> dict[str, float]:
         keys = write("datastore", keys=data["h"].astype(np.float16))
         teacher = {"token_ids": data["token_ids"].astype(small), "probs": data["probs"].astype(np.float16)}
         tokens = write("train", tokens=data["labels"].astype(small))
-        stream = TokenStream(Directory(f"{place}/train"), ArrayReader(tokens, "tokens"), np.array([0, n]))
+        stream = TokenStream(peek(tokens), ArrayReader(tokens, "tokens"), np.array([0, n]))
         states = StoredStates(ArrayReader(keys, "keys"))
         source = TargetSource(stream, states, write("targets", **teacher), block_rows)
         contender = JaxStep(sizes, "sparse")

@@ -22,7 +22,7 @@ def test_distilling_on_eight_gpus_by_hand(mlp_memory, tmp_path):
     # Matrices lie over fsdp x tensor, norms everywhere, the batch over data x fsdp; float32.
     assert plan["memory"]["parameters"] == 4 * (WEIGHTS // 4 + NORMS)
     assert plan["memory"]["optimizer"] == pytest.approx(2 * plan["memory"]["parameters"], rel=1e-3)
-    assert plan["memory"]["batch"] == ROWS // 4 * 4 * (128 + 32 + 32 + 1 + 1)
+    assert plan["memory"]["batch"] == ROWS // 4 * (4 * (128 + 1 + 1) + 2 * (32 + 32))
     assert plan["model_flops"] == 6 * ROWS * WEIGHTS
     # Nothing is computed again, and every product is done once.
     assert plan["compiled_flops"] * 8 == pytest.approx(plan["model_flops"], rel=1e-3)
