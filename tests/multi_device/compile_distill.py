@@ -20,7 +20,7 @@ if __name__ == "__main__":
     for blocks in (2048, 4096):
         for vocabulary in (8192, 16384):
             config = DistillConfig(batch_size=blocks, block_rows=64, remat="full")
-            model = MemoryConfig(layers=2, dim=16, ffn_dim=32, input_dim=16, vocab_size=vocabulary)
+            model = MemoryConfig(layers=1, dim=16, ffn_dim=32, input_dim=16, vocab_size=vocabulary)
             lowered = lower_step(distill_task(model, config, mesh), config, mesh, batch_shapes(config, 16, 4))
             program = hlo.parse(lowered.compile().as_text())
             found = compiled.collectives(program, CHIPS["h100"], np.zeros((8, 1), int))
