@@ -22,7 +22,7 @@ if __name__ == "__main__":
     for blocks in (2048, 4096):
         for vocabulary in (8192, 16384):
             config = DistillConfig(batch_size=blocks, block_rows=64, remat="full")
-            model = MemoryConfig(layers=2, dim=16, ffn_dim=32, input_dim=16, vocab_size=vocabulary)
+            model = MemoryConfig(layers=1, dim=16, ffn_dim=32, input_dim=16, vocab_size=vocabulary)
             states = StoredStates(jax.ShapeDtypeStruct((0, 16), np.float16))
             batch = batch_shapes(config, states, 4, vocabulary)
             lowered = lower_step(distill_task(model, config, states, mesh), config, mesh, batch)

@@ -39,12 +39,12 @@ def test_distilling_on_eight_gpus_by_hand(mlp_memory, tmp_path):
 
 def test_the_joint_training_is_planned_by_the_same_code(mlp_memory, tmp_path):
     file = tmp_path / "plan.json"
-    answer = mlp_memory("plan", "joint", "--topology=h100-4", DEMO, "--gin=mesh.fsdp=2", f"--json={file}")
+    answer = mlp_memory("plan", "joint", "--topology=h100-1", DEMO, f"--json={file}")
     assert answer.code == 0, answer.error
     plan = json.loads(file.read_text())
     assert (plan["stage"], plan["unit"], plan["units_per_step"]) == ("joint", "tokens", 16 * 128)
     # Where a batch is one chunk the compiler finds that both heads make their logits twice.
-    assert plan["compiled_flops"] * 4 == pytest.approx(plan["model_flops"], rel=1e-3)
+    assert plan["compiled_flops"] == pytest.approx(plan["model_flops"], rel=1e-3)
 
 
 def test_what_does_not_fit_is_shown_and_refused(mlp_memory):
