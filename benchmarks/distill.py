@@ -58,14 +58,15 @@ def start(name: str, folder: Path) -> Any:
 
 
 def take_steps(name: str, folder: Path, steps: int) -> dict[str, Any]:
-    """What a contender's process does: seconds of each step, after one that compiles, and the peak."""
+    """What a contender's process does: seconds of each step after one that compiles, and the peak."""
     contender = start(name, folder)
-    losses, seconds = [contender.step()], []
+    losses, seconds, cpu = [contender.step()], [], []
     for _ in range(steps):
-        before = time.perf_counter()
+        before, cpu_before = time.perf_counter(), time.process_time()
         losses.append(contender.step())
         seconds.append(time.perf_counter() - before)
-    return {"seconds": seconds, "losses": losses, "peak": peak_bytes()}
+        cpu.append(time.process_time() - cpu_before)
+    return {"seconds": seconds, "cpu": cpu, "losses": losses, "peak": peak_bytes()}
 
 
 def check(name: str, folder: Path, steps: int) -> dict[str, Any]:
@@ -109,6 +110,7 @@ def compare(sizes: Sizes, names: list[str], steps: int, rounds: int, checked: bo
         found[name] = {
             "seconds": seconds,
             "all_seconds": [one["seconds"] for one in several],
+            "cpu_seconds": statistics.median(s for one in several for s in one["cpu"]),
             "rows_per_second": sizes.rows / seconds,
             "peak_bytes": max(one["peak"] for one in several),
             "losses": several[0]["losses"],
@@ -232,8 +234,8 @@ def steps_table(sizes: Sizes, found: dict[str, Any], rate: float) -> str:
     """Each contender with its ratios to the peer."""
     peer = found.get(PEER, next(iter(found.values())))
     lines = [
-        f"| step | rows/s | ÷ {PEER} | peak memory | ÷ {PEER} | MFU | difference of loss, of gradients |",
-        "|---|---:|---:|---:|---:|---:|---|",
+        f"| step | rows/s | ÷ {PEER} | core s a step | peak memory | ÷ {PEER} | MFU | difference of loss, of gradients |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for name, one in found.items():
         speed = one["rows_per_second"] / peer["rows_per_second"]
@@ -244,6 +246,7 @@ def steps_table(sizes: Sizes, found: dict[str, Any], rate: float) -> str:
             name,
             f"{one['rows_per_second']:,.0f}",
             f"{speed:.2f}",
+            f"{one['cpu_seconds']:.1f}",
             f"{one['peak_bytes'] / 1e9:.2f} GB",
             f"{memory:.2f}",
             f"{mfu:.0%}",
