@@ -28,7 +28,7 @@ from typing import Any
 from mlp_memory.artifacts import UserError, first_line
 from mlp_memory.parallel.config import HostsConfig
 
-_RETRY_SECONDS = 0.2
+_CONNECT_SECONDS, _RETRY_SECONDS = 2.0, 0.2
 _SEND_SECONDS = 10.0
 # How long a process whose peer failed may take to come to an end of its own.
 _GRACE_SECONDS = 5.0
@@ -248,14 +248,16 @@ class Hosts:
         threading.Thread(target=self._watch, name="roll", daemon=True).start()
 
     def _call(self, deadline: float) -> None:
-        """Process 0: takes the others in; each is told who is there whenever another comes."""
+        """Process 0: takes the others in, until all are there or the time is up, and tells them which."""
         with self._listen() as server, selectors.DefaultSelector() as selector:
             selector.register(server, selectors.EVENT_READ)
             self._names[0] = socket.gethostname()
             while len(self._wires) < self.count - 1:
                 ready = selector.select(max(0.0, deadline - time.monotonic()))
                 if not ready:
-                    raise self._missing({0, *self._wires})
+                    error = self._missing()
+                    self._tell_all({"refused": str(error)})
+                    raise error
                 for key, _ in ready:
                     if key.fileobj is server:
                         wire = _Wire(server.accept()[0])
@@ -278,17 +280,25 @@ class Hosts:
             return False
         for message in messages:
             number, count, name = (message.get(word) for word in ("process", "count", "host"))
-            if number in self._wires or number == 0:
-                where = self._names[number]
-                wire.send({"refused": f"process {number} is there already, on host {where}"})
-                return False
-            if count != self.count or number not in range(self.count):
-                wire.send({"refused": f"process 0 was told of {self.count} processes, this one of {count}"})
+            if refusal := self._refusal(number, count):
+                wire.send({"refused": refusal})
                 return False
             wire.process = number
             self._wires[number], self._names[number] = wire, name
-            self._tell_all({"there": [0, *self._wires]})
         return True
+
+    def _refusal(self, number: Any, count: Any) -> str | None:
+        if number in self._wires or number == 0:
+            return (
+                f"there is a process {number} already, on host {self._names[number]}: give each process of the "
+                "job its own MLP_MEMORY_PROCESS"
+            )
+        if count != self.count or number not in range(self.count):
+            return (
+                f"process 0 was told of {self.count} processes, process {number} of {count}: give all the same "
+                "MLP_MEMORY_PROCESSES"
+            )
+        return None
 
     def _listen(self) -> socket.socket:
         port = int(self._place.address.rpartition(":")[2])
@@ -305,49 +315,40 @@ class Hosts:
     def _answer(self, deadline: float) -> None:
         """Another process: greets process 0 and waits for the rest."""
         host, _, port = self._place.address.rpartition(":")
-        there: set[int] = set()
         while time.monotonic() < deadline:
             try:
-                wire = _Wire(socket.create_connection((host.strip("[]"), int(port)), _RETRY_SECONDS * 10))
+                wire = _Wire(socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS))
             except OSError:  # not there yet, or its name not yet known
                 time.sleep(_RETRY_SECONDS)
                 continue
             wire.send({"process": self.index, "count": self.count, "host": socket.gethostname()})
-            while (left := deadline - time.monotonic()) > 0:
-                wire.connection.settimeout(left)
-                messages = wire.receive()
-                if messages is None:
-                    break
-                for message in messages:
-                    there = set(message.get("there", there))
-                    if "refused" in message:
-                        raise UserError(
-                            f"{message['refused']}: give each process of the job its own MLP_MEMORY_PROCESS "
-                            "and all the same MLP_MEMORY_PROCESSES"
-                        )
-                    if "port" in message:
-                        self._names, self._port = dict(map(tuple, message["names"])), message["port"]
+            # From now on it is process 0 that gives up, at most so long after it has started.
+            wire.connection.settimeout(self._config.start_timeout + _GRACE_SECONDS)
+            for messages in iter(wire.receive, None):
+                for told in messages:
+                    if "refused" in told:
+                        raise UserError(told["refused"])
+                    if "port" in told:
+                        self._names, self._port = dict(map(tuple, told["names"])), told["port"]
                         wire.connection.settimeout(_SEND_SECONDS)
                         wire.process, self._wires = 0, {0: wire}
                         return
-            wire.connection.close()
+            wire.connection.close()  # process 0 ended; another may be started
             time.sleep(_RETRY_SECONDS)
-        raise self._missing(there or {self.index})
+        raise UserError(
+            f"process 0{self._on_host(0)} did not answer at {self._place.address} within hosts.start_timeout "
+            f"= {self._config.start_timeout:g} s: start the same command there, or look at its log"
+        )
 
-    def _missing(self, there: set[int]) -> UserError:
-        """What to say of the processes that did not come; `there` lacks 0 where it cannot be reached."""
-        missing = [process for process in range(self.count) if process not in there]
-        limit = f"hosts.start_timeout = {self._config.start_timeout:g} s"
-        if 0 in missing:  # only process 0 knows of the others
-            return UserError(
-                f"process 0{self._on_host(0)} did not answer at {self._place.address} within "
-                f"{limit}: start the same command there, or look at its log"
-            )
+    def _missing(self) -> UserError:
+        """What process 0 has to say of the processes that did not come."""
+        missing = [process for process in range(1, self.count) if process not in self._wires]
         named = ", ".join(f"{process}{self._on_host(process)}" for process in missing[:8])
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         return UserError(
-            f"{len(missing)} of {self.count} processes did not come within {limit}: process {named}{more}; "
-            "start the same command there, or look at their logs"
+            f"{len(missing)} of {self.count} processes did not come within hosts.start_timeout = "
+            f"{self._config.start_timeout:g} s: process {named}{more}; start the same command there, or look "
+            "at their logs"
         )
 
     def _on_host(self, process: int) -> str:
