@@ -290,13 +290,13 @@ class Hosts:
     def _refusal(self, number: Any, count: Any) -> str | None:
         if number in self._wires or number == 0:
             return (
-                f"there is a process {number} already, on host {self._names[number]}: give each process of the "
-                "job its own MLP_MEMORY_PROCESS"
+                f"there is a process {number} already, on host {self._names[number]}: give each process of "
+                "the job its own MLP_MEMORY_PROCESS"
             )
         if count != self.count or number not in range(self.count):
             return (
-                f"process 0 was told of {self.count} processes, process {number} of {count}: give all the same "
-                "MLP_MEMORY_PROCESSES"
+                f"process 0 was told of {self.count} processes, process {number} of {count}: give all the "
+                "same MLP_MEMORY_PROCESSES"
             )
         return None
 
