@@ -86,7 +86,9 @@ def train_toy(
     directory = Directory(folder)
     manifest = begin(directory, "toy", {"steps": config.steps}, {})
     task = make_task(source or Points(), config, **changes)
-    return train(task, directory, manifest, config, make_mesh(MeshConfig(), jax.devices()[:devices]), {})
+    # Several devices share the parameters too.
+    mesh = make_mesh(MeshConfig(fsdp=2 if devices > 1 else 1), jax.devices()[:devices])
+    return train(task, directory, manifest, config, mesh, {})
 
 
 def load_toy(folder: str) -> dict[str, Any]:
