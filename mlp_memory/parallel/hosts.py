@@ -429,6 +429,7 @@ class Hosts:
         self._tell_all({"left": self.index})
         if self.index == 0:
             for wire in list(self._wires.values()):
+                wire.left = True  # they may go now, without a word
                 wire.end()  # closed when the other end is: what is on the way is not cut off
         with self._changed:
             self._changed.wait_for(lambda: self._dismissed, None if self.index else _GRACE_SECONDS)
