@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 from flax import nnx
 
 from mlp_memory.artifacts import Directory
@@ -53,9 +54,9 @@ def test_two_processes_import_and_export_what_one_does(job, model_folders, files
         assert files_of(tmp_path / "two" / mesh) == wanted, mesh
 
 
-def test_the_command_line_imports_and_exports_in_two_processes_as_in_one(
-    job, make_decoder, randomize, files_of, tmp_path
-):
+@pytest.fixture
+def pretrained(make_decoder, randomize, tmp_path) -> list[str]:
+    """Bindings of a run that starts from a decoder and a memory, over texts in bytes."""
     decoder = make_decoder(DecoderConfig(layers=2, dim=16, heads=4, ffn_dim=24, vocab_size=260))
     memory = randomize(lambda: Memory(MemoryConfig("gpt2", 2, 16, 24, 0.0, 1e-5, 16, 260), nnx.Rngs(0)))
     export_model(Directory(tmp_path / "decoder"), decoder, {}, {}, {})
@@ -69,20 +70,59 @@ def test_the_command_line_imports_and_exports_in_two_processes_as_in_one(
         "pretrained.source": str(tmp_path / "decoder"),
         "pretrained.memory": str(tmp_path / "memory"),
     }
-    words = [f"--gin={name}={value!r}" for name, value in settings.items()]
-    mesh = ["--gin=mesh.fsdp=2", "--gin=mesh.tensor=2"]
+    return [f"--gin={name}={value!r}" for name, value in settings.items()]
 
+
+MESH = ["--gin=mesh.fsdp=2", "--gin=mesh.tensor=2"]
+
+
+def test_the_command_line_imports_and_exports_in_two_processes_as_in_one(job, pretrained, files_of, tmp_path):
     def command(stage: str, folder: str) -> list[str]:
-        return ["-m", "mlp_memory", stage, f"--workdir={tmp_path / folder}", *words]
+        return ["-m", "mlp_memory", stage, f"--workdir={tmp_path / folder}", *pretrained]
 
     job(*command("tokenize", "one")).finish()
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     for stage in ("import", "import_memory", "export"):
         one = job(*command(stage, "one"))
-        job(*command(stage, "two"), *mesh, count=2, devices=2).finish()
+        job(*command(stage, "two"), *MESH, count=2, devices=2).finish()
         one.finish()
     for folder in ("decoder", "memory", "export"):
         assert files_of(tmp_path / "two" / folder) == files_of(tmp_path / "one" / folder), folder
     for name in ("decoder", "memory"):
         weights = [tmp_path / place / name / "model.safetensors" for place in (".", "two/export")]
         assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_two_processes_run_one_stage_after_the_other_and_process_0_does_alone_what_one_can_do(
+    job, pretrained, tmp_path
+):
+    small = {
+        "pretrained.finetune": True,
+        "pretrain.steps": 4,
+        "pretrain.eval_every": 2,
+        "pretrain.batch_size": 4,
+        "pretrain.context": 16,
+        "pretrain.eval_rows": 64,
+        "embed.context": 16,
+        "embed.stride": 8,
+        "evaluate.max_rows": 64,
+        "evaluate.bootstrap": 20,
+        "evaluate.samples": 0,
+    }
+    words = ["-m", "mlp_memory", "run", f"--workdir={tmp_path / 'run'}", *pretrained, *MESH]
+    words += [f"--gin={name}={value!r}" for name, value in small.items()]
+    errors = job(*words, count=2, devices=2).finish()
+    # The mesh of four devices takes both processes; in what process 0 does alone it has two.
+    done = [json.loads(line)["stage"] for line in (tmp_path / "run/times.jsonl").read_text().splitlines()]
+    assert sorted(done) == ["evaluate", "export", "import_memory", "pretrain", "tokenize"]
+    for folder in ("corpus/test", "decoder", "memory", "reports", "export"):
+        assert json.loads((tmp_path / "run" / folder / "manifest.json").read_text())["finished"], folder
+    assert "evaluate:" in errors[0]
+    assert "evaluate:" not in errors[1]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "run/decoder/metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == [0, 2, 4]
+    # A second job finds nothing to do, and says so once.
+    again = job(*words, count=2, devices=2).finish()
+    assert ("done" in again[0], again[1]) == (True, "")
