@@ -332,7 +332,10 @@ class Hosts:
                         self._names, self._port = dict(map(tuple, told["names"])), told["port"]
                         wire.connection.settimeout(_SEND_SECONDS)
                         wire.process, self._wires = 0, {0: wire}
-                        return
+                    elif self._wires:  # process 0 has gone on already
+                        self._hear(wire, told)
+                if self._wires:
+                    return
             wire.connection.close()  # process 0 ended; another may be started
             time.sleep(_RETRY_SECONDS)
         raise UserError(
