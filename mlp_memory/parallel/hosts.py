@@ -169,9 +169,10 @@ class _Wire:
         self.heard = time.monotonic()
         *lines, self._rest = (self._rest + data).split(b"\n")
         try:
-            return [json.loads(line) for line in lines if line]
+            messages = [json.loads(line) for line in lines if line]
         except ValueError:
             return None  # none of ours
+        return messages if all(isinstance(message, dict) for message in messages) else None
 
     def end(self) -> None:
         with contextlib.suppress(OSError):
@@ -280,6 +281,8 @@ class Hosts:
             return False
         for message in messages:
             number, count, name = (message.get(word) for word in ("process", "count", "host"))
+            if not isinstance(number, int):
+                return False
             if refusal := self._refusal(number, count):
                 wire.send({"refused": refusal})
                 return False

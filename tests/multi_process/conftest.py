@@ -74,3 +74,11 @@ def job() -> Iterator[Callable[..., Job]]:
             process.kill()
             process.wait()
             process.stderr.close()
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy training of 60 steps in one process that nobody stops."""
+    folder = tmp_path_factory.mktemp("straight")
+    Job(REPOSITORY / "tests/training/toy.py", folder, 60, 0).start(0).finish()
+    return folder

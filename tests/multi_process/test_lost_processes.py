@@ -48,9 +48,8 @@ def went_on_from(error: str) -> int:
     return int(error.split("goes on from step ")[1].split()[0])
 
 
-def test_sigterm_to_one_saves_one_step_in_all_and_one_two_and_one_processes_go_on(job, tmp_path):
-    toy(job, tmp_path / "straight", 1).finish()
-    folder, last = tmp_path / "stopped", 0
+def test_sigterm_to_one_saves_one_step_in_all_and_one_two_and_one_processes_go_on(job, straight, tmp_path):
+    folder, last = tmp_path, 0
     # Two processes, then one, then two again; the last time none is stopped.
     for count, asked in ((2, 1), (1, 0), (2, 0)):
         stopped = toy(job, folder, count, 0.05)
@@ -71,12 +70,13 @@ def test_sigterm_to_one_saves_one_step_in_all_and_one_two_and_one_processes_go_o
     assert last < STEPS
     (error,) = toy(job, folder, 1).finish()
     assert went_on_from(error) == last
-    assert_same_curve(folder, tmp_path / "straight")
+    assert_same_curve(folder, straight)
 
 
-def test_a_process_that_is_killed_ends_the_other_and_the_restart_loses_an_interval_at_most(job, tmp_path):
-    toy(job, tmp_path / "straight", 1).finish()
-    folder, last = tmp_path / "killed", 0
+def test_a_process_that_is_killed_ends_the_other_and_the_restart_loses_an_interval_at_most(
+    job, straight, tmp_path
+):
+    folder, last = tmp_path, 0
     for killed in (1, 0):  # process 0 holds the roll and JAX's coordination service
         started = toy(job, folder, 2, 0.05)
         wait_for_step(started, folder, last)
@@ -97,7 +97,7 @@ def test_a_process_that_is_killed_ends_the_other_and_the_restart_loses_an_interv
         assert last >= reached - EVAL_EVERY
     errors = toy(job, folder, 2).finish()
     assert {went_on_from(error) for error in errors} == {last}
-    assert_same_curve(folder, tmp_path / "straight")
+    assert_same_curve(folder, straight)
 
 
 def test_a_process_that_hangs_ends_the_other_after_the_heartbeat_timeout(job, tmp_path):
