@@ -403,26 +403,26 @@ class Hosts:
             self._changed.notify_all()
         if "failed" in message:
             wire.left = True
-            self._end(wire.process, f"failed: {message['failed']}", _GRACE_SECONDS)
+            self._end(wire.process, f"failed: {message['failed']}", message["code"], _GRACE_SECONDS)
         if "lost" in message:
-            self._end(message["lost"], message["why"], message["grace"])
+            self._end(message["lost"], message["why"], message["code"], message["grace"])
 
-    def _end(self, process: int, why: str, grace: float = 0.0) -> None:
+    def _end(self, process: int, why: str, code: int = 1, grace: float = 0.0) -> None:
         """Ends this process, and through process 0 the others, because of one that is lost.
 
         The main thread may be deep in a computation that will never end, so nothing is raised there. One
         that has failed (rather than died) leaves the others the time to find the same.
         """
         if self.index == 0:
-            self._tell_all({"lost": process, "why": why, "grace": grace})
+            self._tell_all({"lost": process, "why": why, "code": code, "grace": grace})
         with self._changed:
             if grace and self._changed.wait_for(lambda: self._leaving, grace):
                 return
-        line = f"error: process {process}{self._on_host(process)} {why}; {_AGAIN}\n"
-        os.write(2, line.encode())
+        told = f"error: process {process}{self._on_host(process)} {why}"
+        os.write(2, (f"{told}\n" if code == 2 else f"{told}; {_AGAIN}\n").encode())
         for wire in self._wires.values():
             wire.end()
-        os._exit(1)
+        os._exit(code)
 
     def leave(self) -> None:
         """Takes leave of the others once all have come to this point, and process 0 to its end."""
@@ -449,12 +449,12 @@ class Hosts:
         with self._changed:
             self._leaving = True
             self._changed.notify_all()
-        self._tell_all({"failed": first_line(error)})
+        interrupted = isinstance(error, KeyboardInterrupt)
+        code = 130 if interrupted else 2 if isinstance(error, UserError) else 1
+        self._tell_all({"failed": first_line(error), "code": code})
         for wire in list(self._wires.values()):
             wire.end()
         # JAX's and Orbax's own ways out wait for the others, who are not coming.
-        interrupted = isinstance(error, KeyboardInterrupt)
-        code = 130 if interrupted else 2 if isinstance(error, UserError) else 1
         atexit.register(_end_now, code)
         threading.Timer(_GRACE_SECONDS, _end_now, [code]).start()
 
@@ -470,7 +470,8 @@ def _end_now(code: int) -> None:
 def joined(config: HostsConfig) -> Iterator[Hosts]:
     """The job that this process is part of, all of its processes there.
 
-    While it lasts, the loss of any process ends the others with exit code 1 and a line that names it.
+    While it lasts, the loss of any process ends the others with a line that names it, and exit code 1; one
+    that fails, with its own exit code.
 
     Raises:
       UserError: a process did not come, or the environment does not say who is who.

@@ -123,7 +123,7 @@ def test_a_process_that_fails_is_named_with_its_reason_by_the_others(job, tmp_pa
     )
     started = job("-c", script, tmp_path / "toy", STEPS, 0, HEARTBEAT, count=2, devices=2)
     (code, error), (failed, _) = started.end(0, 60), started.end(1, 60)
-    assert (code, failed) == (1, 2)
+    assert (code, failed) == (2, 2)
     assert error.splitlines()[-1].startswith("error: process 1 (host ")
     assert "failed: tokens are damaged" in error.splitlines()[-1]
 
