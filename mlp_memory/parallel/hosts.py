@@ -445,18 +445,21 @@ class Hosts:
 
     def fail(self, error: BaseException) -> None:
         """Tells the others that this process ends with an error, unless one of them is why."""
-        time.sleep(_VERDICT_SECONDS)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        code = 130 if interrupted else 2 if isinstance(error, UserError) else 1
+        # What JAX says of a peer that failed is less than what that one told: let the roll's thread end this.
+        time.sleep(_GRACE_SECONDS + 1 if code == 1 else _VERDICT_SECONDS)
         with self._changed:
             self._leaving = True
             self._changed.notify_all()
-        interrupted = isinstance(error, KeyboardInterrupt)
-        code = 130 if interrupted else 2 if isinstance(error, UserError) else 1
         self._tell_all({"failed": first_line(error), "code": code})
         for wire in list(self._wires.values()):
             wire.end()
         # JAX's and Orbax's own ways out wait for the others, who are not coming.
         atexit.register(_end_now, code)
-        threading.Timer(_GRACE_SECONDS, _end_now, [code]).start()
+        timer = threading.Timer(_GRACE_SECONDS, _end_now, [code])
+        timer.daemon = True
+        timer.start()
 
 
 def _end_now(code: int) -> None:
@@ -484,10 +487,10 @@ def joined(config: HostsConfig) -> Iterator[Hosts]:
     hosts.call_roll()
     try:
         yield hosts
+        hosts.leave()
     except SystemExit:  # agreed on by all: a save on SIGTERM
         hosts.leave()
         raise
     except BaseException as error:
         hosts.fail(error)
         raise
-    hosts.leave()
