@@ -234,7 +234,8 @@ def steps_table(sizes: Sizes, found: dict[str, Any], rate: float) -> str:
     """Each contender with its ratios to the peer."""
     peer = found.get(PEER, next(iter(found.values())))
     lines = [
-        f"| step | rows/s | ÷ {PEER} | core s a step | peak memory | ÷ {PEER} | MFU | difference of loss, of gradients |",
+        f"| step | rows/s | ÷ {PEER} | core s a step | peak memory | ÷ {PEER} | MFU | "
+        "difference of loss, of gradients |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for name, one in found.items():

@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gin
 
@@ -19,6 +20,9 @@ from mlp_memory.artifacts import Directory, UserError, first_line
 from mlp_memory.config import Config
 from mlp_memory.corpus.config import PartConfig
 from mlp_memory.job import Job, is_there
+
+if TYPE_CHECKING:
+    from mlp_memory.parallel.hosts import Hosts
 
 _SAVED = "config.gin"
 _PART = "part"
@@ -250,32 +254,68 @@ def _run(args: argparse.Namespace, job: Job) -> None:
     Starting afresh in the same process id gives each stage an interpreter of its own, so
     that training never runs beside TensorFlow, and a kill always hits the stage at work.
     """
+    from mlp_memory.parallel.hosts import joined
     from mlp_memory.workdir import status_table
 
-    for stage in pipeline.STAGES:
-        if stage.wanted(job.config) and not stage.is_done(job):
-            print(f"--- {stage.name}: {stage.help}", flush=True)
-            _work(job, stage)
-            sys.stdout.flush()
-            os.execv(sys.executable, [sys.executable, "-m", "mlp_memory", *sys.argv[1:]])
-    print(status_table(job), file=sys.stderr)
-    _show_results(job)
+    with joined(job.config.hosts) as hosts:
+        name = hosts.agree(_first_missing(job) if hosts.index == 0 else None)
+        if name:
+            stage = pipeline.find_stage(name)
+            if hosts.index == 0:
+                print(f"--- {stage.name}: {stage.help}", flush=True)
+            _work(job, stage, hosts)
+    if name:
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "mlp_memory", *sys.argv[1:]])
+    if hosts.index == 0:
+        print(status_table(job), file=sys.stderr)
+        _show_results(job)
 
 
-def _work(job: Job, stage: pipeline.Stage) -> None:
+def _first_missing(job: Job) -> str | None:
+    """The name of the first stage to do; None where all is done."""
+    wanted = (stage for stage in pipeline.STAGES if stage.wanted(job.config))
+    return next((stage.name for stage in wanted if not stage.is_done(job)), None)
+
+
+def _one_stage(job: Job, stage: pipeline.Stage) -> None:
+    from mlp_memory.parallel.hosts import joined
+
+    with joined(job.config.hosts) as hosts:
+        if not hosts.agree(hosts.index == 0 and stage.is_done(job)):
+            _work(job, stage, hosts)
+        elif hosts.index == 0:
+            print(f"{stage.name}: done before, in {job.workdir / stage.folder}", file=sys.stderr)
+    if stage.name == "evaluate" and hosts.index == 0:
+        _show_results(job)
+
+
+def _work(job: Job, stage: pipeline.Stage, hosts: "Hosts") -> None:
+    """Does a stage; where there are several processes, together or by process 0, which writes for all.
+
+    What process 0 does alone it does as if there were no others, on its own devices; they
+    wait for it where they take leave.
+    """
     import jax
 
-    from mlp_memory.parallel.mesh import start_processes
     from mlp_memory.workdir import exclusive, timed
 
-    start_processes()
+    if stage.together:
+        hosts.start_jax()
+    elif hosts.index > 0:
+        return
+    elif hosts.count > 1:
+        mesh = job.config.mesh.of_one_process(jax.device_count())
+        job = Job(job.workdir, dataclasses.replace(job.config, mesh=mesh))
     # An impossible mesh, or a memory of another decoder, is told before any stage's work.
     job.config.mesh.sizes(jax.device_count())
     job.check_memory()
-    if jax.process_index() > 0:  # the first process holds the lock and writes for all
+    if hosts.index > 0:
+        hosts.agree()  # process 0 has the workdir for this job
         stage.work(job, job.workdir / stage.folder)
         return
     with exclusive(job.workdir):
+        hosts.agree()
         with timed(job.workdir, stage):
             stage.work(job, job.workdir / stage.folder)
         job.workdir.write(_SAVED, gin.operative_config_str().encode())
@@ -329,13 +369,7 @@ def _dispatch(args: argparse.Namespace) -> None:
         _generate(args, job)
     else:
         importing = args.stage == "import"
-        stage = pipeline.import_stage(job, source) if importing else pipeline.find_stage(args.stage)
-        if stage.is_done(job):
-            print(f"{stage.name}: done before, in {job.workdir / stage.folder}", file=sys.stderr)
-        else:
-            _work(job, stage)
-        if args.stage == "evaluate":
-            _show_results(job)
+        _one_stage(job, pipeline.import_stage(job, source) if importing else pipeline.find_stage(args.stage))
 
 
 def main() -> None:

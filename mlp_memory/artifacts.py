@@ -262,8 +262,17 @@ def begin(
     config: Mapping[str, Any],
     parents: Mapping[str, str],
     arrays: Mapping[str, ArraySpec] | None = None,
+    writes: bool = True,
 ) -> Manifest:
     """Starts an artifact or takes up an earlier start of the same one.
+
+    Args:
+      directory: of the artifact.
+      kind: what it is.
+      config: settings that decide its bytes.
+      parents: fingerprints of what it is made from, by name.
+      arrays: their shapes, by name.
+      writes: False in a process for which another one of its job writes.
 
     Raises:
       UserError: the folder holds the same kind of artifact made with another config or
@@ -271,6 +280,8 @@ def begin(
     """
     fresh = Manifest(kind, dict(config), dict(parents), dict(arrays or {}))
     found = peek(directory)
+    if found is None and not writes:
+        return fresh
     if found is None:
         try:
             directory.write(_MANIFEST, fresh.to_json().encode())

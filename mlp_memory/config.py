@@ -13,7 +13,7 @@ from mlp_memory.inference.config import GenerateConfig
 from mlp_memory.interchange.config import PretrainedConfig
 from mlp_memory.joint.config import JointConfig
 from mlp_memory.memory.config import DistillConfig, MemoryConfig
-from mlp_memory.parallel.config import FleetConfig, MeshConfig
+from mlp_memory.parallel.config import FleetConfig, HostsConfig, MeshConfig
 from mlp_memory.targets.config import RetrieveConfig
 
 
@@ -50,6 +50,7 @@ class Config:
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig)
     fleet: FleetConfig = dataclasses.field(default_factory=FleetConfig)
 
     def __post_init__(self):

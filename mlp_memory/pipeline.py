@@ -36,6 +36,7 @@ class Stage:
       work: makes it.
       wanted: whether a config asks for it.
       parts: the artifacts inside the folder, where it is not one itself.
+      together: whether all processes of a job do it; process 0 alone if not.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Stage:
     work: Callable[[Job, Directory], None]
     wanted: Callable[[Config], bool] = lambda config: True
     parts: tuple[str, ...] = ()
+    together: bool = False
 
     def is_done(self, job: Job) -> bool:
         """Whether the artifact is whole, undamaged at first sight and made from what is there now.
@@ -74,9 +76,12 @@ class Stage:
 def _begin(
     stage: str, kind: str, job: Job, directory: Directory, arrays: dict[str, ArraySpec] | None = None
 ) -> Manifest:
+    import jax
+
     this = find_stage(stage)
     parents = job.fingerprints(*this.parents(job.config))
-    return artifacts.begin(directory, kind, this.settings(job), parents, arrays)
+    writes = jax.process_index() == 0
+    return artifacts.begin(directory, kind, this.settings(job), parents, arrays, writes)
 
 
 def _tokenize(job: Job, directory: Directory) -> None:
@@ -375,6 +380,7 @@ STAGES: tuple[Stage, ...] = (
         _from(),
         _import,
         wanted=lambda config: bool(config.pretrained.source) and not config.pretrained.finetune,
+        together=True,
     ),
     Stage(
         "import_memory",
@@ -384,6 +390,7 @@ STAGES: tuple[Stage, ...] = (
         _from(),
         _import_memory,
         wanted=lambda config: bool(config.pretrained.memory),
+        together=True,
     ),
     Stage(
         "pretrain",
@@ -393,6 +400,7 @@ STAGES: tuple[Stage, ...] = (
         _from("corpus/train", "corpus/validation"),
         _pretrain,
         wanted=lambda config: not config.pretrained.source or config.pretrained.finetune,
+        together=True,
     ),
     Stage(
         "embed",
@@ -429,6 +437,7 @@ STAGES: tuple[Stage, ...] = (
         _from("corpus/train", "corpus/validation", "datastore", "targets"),
         _distill,
         wanted=_distills,
+        together=True,
     ),
     Stage(
         "joint",
@@ -438,6 +447,7 @@ STAGES: tuple[Stage, ...] = (
         _from("corpus/train", "corpus/validation", "decoder", "memory"),
         _joint,
         wanted=_distills,
+        together=True,
     ),
     Stage(
         "baseline",
@@ -447,6 +457,7 @@ STAGES: tuple[Stage, ...] = (
         _from("corpus/train", "corpus/validation", "decoder", "memory"),
         _baseline,
         wanted=_wants_baseline,
+        together=True,
     ),
     Stage(
         "evaluate",
@@ -463,6 +474,7 @@ STAGES: tuple[Stage, ...] = (
         lambda job: {},
         _export_parents,
         _export,
+        together=True,
     ),
 )
 

@@ -1,4 +1,4 @@
-"""The sizes of a mesh, and who does the units of embed and retrieve."""
+"""The sizes of a mesh, the waits for other hosts, and who does the units of embed and retrieve."""
 
 import dataclasses
 
@@ -39,6 +39,28 @@ class MeshConfig:
                 f"does not fit {devices} device(s): set mesh.data=-1 or other sizes"
             )
         return (self.slice, data, self.fsdp, self.tensor)
+
+    def of_one_process(self, devices: int) -> "MeshConfig":
+        """For work that one process of several does: as many model parts if its devices allow, or none."""
+        fits = devices % (self.fsdp * self.tensor) == 0
+        return MeshConfig(fsdp=self.fsdp, tensor=self.tensor) if fits else MeshConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """How long the processes of a job wait for each other.
+
+    Attributes:
+      start_timeout: seconds until the processes that came give up on those that did not.
+      heartbeat_timeout: seconds of silence (a dead network, a host without power) after which a
+        process counts as lost. One whose connection breaks, because it died, is lost at once.
+    """
+
+    start_timeout: float = runtime(300.0)
+    heartbeat_timeout: float = runtime(60.0)
+
+    def __post_init__(self):
+        check_positive(self, "start_timeout", "heartbeat_timeout")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from mlp_memory.artifacts import UserError
 from mlp_memory.parallel.config import AXES, MeshConfig
 
 _TARGET: contextvars.ContextVar[tuple[str, Any] | None] = contextvars.ContextVar("target", default=None)
@@ -71,24 +69,3 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     if len(devices) > 1 and (devices[0].platform == "tpu" or len(devices) == len(jax.devices())):
         return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
-
-
-def start_processes() -> None:
-    """Joins the processes of a multi-host job, where there are several.
-
-    Cloud TPUs, SLURM and Open MPI are recognised by JAX; anywhere else set
-    MLP_MEMORY_COORDINATOR=host:port, MLP_MEMORY_PROCESSES and MLP_MEMORY_PROCESS.
-    """
-    coordinator = os.environ.get("MLP_MEMORY_COORDINATOR")
-    if coordinator:
-        try:
-            count, index = int(os.environ["MLP_MEMORY_PROCESSES"]), int(os.environ["MLP_MEMORY_PROCESS"])
-        except (KeyError, ValueError) as error:
-            raise UserError(
-                "MLP_MEMORY_COORDINATOR needs MLP_MEMORY_PROCESSES and MLP_MEMORY_PROCESS as whole numbers"
-            ) from error
-        jax.distributed.initialize(coordinator, count, index)
-    elif (
-        os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") or int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    ):
-        jax.distributed.initialize()

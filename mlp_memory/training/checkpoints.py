@@ -57,9 +57,10 @@ class StepCheckpoints:
 
     @property
     def latest(self) -> int | None:
-        """The last whole checkpoint's step."""
+        """The last whole checkpoint's step, as process 0 sees it."""
         found = self._checkpointer.latest
-        return None if found is None else found.step
+        step = _of_process_0(-1 if found is None else found.step)
+        return None if step < 0 else step
 
     def best(self) -> tuple[int, dict[str, float]]:
         """The step with the lowest validation loss (the earliest of equals) and its figures.
@@ -89,6 +90,11 @@ class StepCheckpoints:
             self._checkpointer.close()
         except (OSError, ValueError) as error:
             raise UserError(f"cannot save {self._directory}: {artifacts.first_line(error)}") from error
+
+
+def _of_process_0(step: int) -> int:
+    """Process 0's value: what others see of a shared disk may be older."""
+    return step if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(step)))
 
 
 def _load(read: Callable[[], Any], where: str) -> Any:

@@ -30,6 +30,7 @@ from mlp_memory.training.progress import Progress
 
 Batch = dict[str, jax.Array]
 State = dict[str, Any]
+_STOP = "stop"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +124,8 @@ class _Run:
         return nnx.merge(self.graphdef, state)
 
     def _step(self, state: State, frozen: Any, batch: Batch, step: jax.Array) -> tuple[State, dict[str, Any]]:
+        stop = {k: v.max() for k, v in batch.items() if k == _STOP}
+        batch = {k: v for k, v in batch.items() if k != _STOP}
         parts = self.config.accumulate
         key = jax.random.fold_in(jax.random.key(self.config.seed), step)
         # Part i takes every parts-th element, so that each device keeps the elements it holds.
@@ -145,7 +148,7 @@ class _Run:
         loss, grads = loss / weight, jax.tree.map(lambda g: g / weight, grads)
         params, opt = optimizer.apply(self.tx, grads, state["opt"], state["params"])
         new = jax.lax.with_sharding_constraint({"params": params, "opt": opt}, self.shardings)
-        return new, {"loss": loss, "gradient_norm": optimizer.global_norm(grads)}
+        return new, {"loss": loss, "gradient_norm": optimizer.global_norm(grads), **stop}
 
 
 class _Reporter:
@@ -155,6 +158,7 @@ class _Reporter:
         self._task, self._config, self._metrics, self._bar = task, config, metrics, bar
         self._rate = optimizer.schedule(config)
         self._since, self._pending = None, None
+        self.stop = False  # asked for in any process; the same in all, as every figure is
 
     def take(self, done: int, figures: dict[str, jax.Array], rows: np.ndarray | None) -> None:
         """Holds the figures of a step just dispatched, and reports the one before."""
@@ -167,6 +171,7 @@ class _Reporter:
             return
         (done, figures, rows), self._pending = self._pending, None
         found = {name: float(value) for name, value in figures.items()}
+        self.stop |= bool(found.pop(_STOP, 0))
         bad = [name for name, value in found.items() if not np.isfinite(value)]
         if bad:
             where = "" if rows is None else f", rows {np.unique(rows)[:8].tolist()}"
@@ -189,7 +194,12 @@ class _Reporter:
 
 
 class _StopRequest:
-    """Notices SIGTERM, which clouds send before they take a machine back."""
+    """Notices SIGTERM, which clouds send before they take a machine back.
+
+    Where there are several processes, each puts what it has noticed into its part of the batch, and the
+    step that reads the batch says whether any has: they stop after the same step without a wait for
+    each other beyond that step's own.
+    """
 
     def __init__(self):
         self.asked = False
@@ -197,6 +207,12 @@ class _StopRequest:
 
     def _ask(self, *_: Any) -> None:
         self.asked = True
+
+    def mark(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """This process's part of a batch with its flag, int8 [B], if there are others."""
+        if jax.process_count() == 1:
+            return arrays
+        return {**arrays, _STOP: np.full(len(arrays["weight"]), self.asked, np.int8)}
 
     def close(self) -> None:
         signal.signal(signal.SIGTERM, self._before)
@@ -230,7 +246,8 @@ def train(
     _check_batch(config, mesh)
     run = _Run(task, config, mesh)
     steps = checkpoints.StepCheckpoints(directory, config.keep)
-    with contextlib.closing(steps), contextlib.closing(_StopRequest()) as stop:
+    # SIGTERM is let through to Python only once every save is on disk.
+    with contextlib.closing(_StopRequest()) as stop, contextlib.closing(steps):
         _take_steps(run, directory, steps, stop)
         best, figures = steps.best()
         params = steps.load(best, run.abstract_state())["params"]
@@ -297,6 +314,10 @@ def _take_steps(
 
     with Progress(task.name, config.steps, "steps", done=first or 0) as bar, contextlib.closing(metrics):
         report = _Reporter(task, config, metrics, bar)
+
+        def stops() -> bool:
+            return report.stop if jax.process_count() > 1 else stop.asked
+
         if first is None:
             validate_and_save(0)
         else:
@@ -304,13 +325,15 @@ def _take_steps(
         for step, batch in zip(range(first or 0, config.steps), task.batches.from_step(first or 0)):
             rows = batch.get("rows")
             arrays = {k: v for k, v in batch.items() if k != "rows"}
-            state, figures = run.step(state, task.frozen, place_batch(arrays, run.mesh), np.uint32(step))
+            placed = place_batch(stop.mark(arrays), run.mesh)
+            state, figures = run.step(state, task.frozen, placed, np.uint32(step))
             report.take(step + 1, figures, rows)
             if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
                 report.drain()
                 validate_and_save(step + 1)
-            elif stop.asked:
+                stopping = stops()
+            elif stopping := stops():
                 report.drain()
                 steps.save(step + 1, state, None)
-            if stop.asked:
+            if stopping:
                 raise SystemExit(143)

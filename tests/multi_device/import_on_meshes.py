@@ -17,7 +17,8 @@ from mlp_memory.interchange.export import export_model
 from mlp_memory.interchange.importing import import_model
 from mlp_memory.interchange.source import load, open_source
 from mlp_memory.memory.distill import load_memory
-from mlp_memory.parallel.mesh import start_processes
+from mlp_memory.parallel.config import HostsConfig
+from mlp_memory.parallel.hosts import joined
 from mlp_memory.parallel.sharding import RULES
 
 
@@ -33,27 +34,28 @@ def assert_sharded(model: nnx.Module, mesh: jax.sharding.Mesh) -> None:
 
 def main() -> None:
     sources, output = Path(sys.argv[1]), Path(sys.argv[2])
-    start_processes()
-    for text in sys.argv[3:]:
-        mesh = mesh_of(text)
-        for folder in sorted(sources.iterdir()):
-            source, directory = open_source(str(folder)), Directory(output / text / folder.name)
-            assert_sharded(load(source, mesh), mesh)
-            manifest = begin(directory, source.kind, {}, {})
-            import_model(directory, manifest, source, mesh, "auto", directory / "tokenizer")
-            if source.kind == "memory":
-                model, manifest = load_memory(directory, mesh)
-            else:
-                model, manifest = load_decoder(directory, "import", mesh)
-            assert_sharded(model, mesh)
-            export_model(
-                Directory(f"{directory}-out"),
-                model,
-                {"fingerprint": manifest.fingerprint},
-                source.files,
-                {},
-                manifest.facts["original"],
-            )
+    with joined(HostsConfig()) as hosts:
+        hosts.start_jax()
+        for text in sys.argv[3:]:
+            mesh = mesh_of(text)
+            for folder in sorted(sources.iterdir()):
+                source, directory = open_source(str(folder)), Directory(output / text / folder.name)
+                assert_sharded(load(source, mesh), mesh)
+                manifest = begin(directory, source.kind, {}, {})
+                import_model(directory, manifest, source, mesh, "auto", directory / "tokenizer")
+                if source.kind == "memory":
+                    model, manifest = load_memory(directory, mesh)
+                else:
+                    model, manifest = load_decoder(directory, "import", mesh)
+                assert_sharded(model, mesh)
+                export_model(
+                    Directory(f"{directory}-out"),
+                    model,
+                    {"fingerprint": manifest.fingerprint},
+                    source.files,
+                    {},
+                    manifest.facts["original"],
+                )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from mlp_memory.decoder.pretrain import load_decoder, pretrain
 from mlp_memory.memory.config import DistillConfig, MemoryConfig
 from mlp_memory.memory.distill import ValidationRows, distill, load_memory
 from mlp_memory.memory.states import StoredStates
-from mlp_memory.parallel.config import MeshConfig
-from mlp_memory.parallel.mesh import make_mesh, start_processes
+from mlp_memory.parallel.config import HostsConfig, MeshConfig
+from mlp_memory.parallel.hosts import joined
+from mlp_memory.parallel.mesh import make_mesh
 from mlp_memory.parallel.sharding import RULES
 from mlp_memory.training.checkpoints import StepCheckpoints
 
@@ -132,29 +133,30 @@ def change_of_mesh(inputs: Path, folder: Path, first: str, second: str) -> None:
 
 def main() -> None:
     inputs, output = Path(sys.argv[1]), Path(sys.argv[2])
-    start_processes()
-    StepCheckpoints.save = checking_save
-    output.mkdir(parents=True, exist_ok=True)
-    for text in sys.argv[3:]:
-        if text.startswith("change:"):
-            _, first, second = text.split(":")
-            folder = output / "change"
-            change_of_mesh(inputs, folder / "decoder", first, second)
-            mesh = mesh_of(second)
-            found = results(
-                folder / "decoder", load_decoder(Directory(folder / "decoder"), "pretrain", mesh)[0]
-            )
-        else:
-            folder, mesh = output / text, mesh_of(text)
-            train_decoder(inputs, folder / "decoder", mesh, PRETRAIN)
-            found = results(
-                folder / "decoder", load_decoder(Directory(folder / "decoder"), "pretrain", mesh)[0]
-            )
-            train_memory(inputs, folder / "memory", mesh)
-            memory = results(folder / "memory", load_memory(Directory(folder / "memory"), mesh)[0])
-            found |= {f"memory {name}": value for name, value in memory.items()}
-        if jax.process_index() == 0:
-            np.savez(output / f"{folder.name}.npz", **found)
+    with joined(HostsConfig()) as hosts:
+        hosts.start_jax()
+        StepCheckpoints.save = checking_save
+        output.mkdir(parents=True, exist_ok=True)
+        for text in sys.argv[3:]:
+            if text.startswith("change:"):
+                _, first, second = text.split(":")
+                folder = output / "change"
+                change_of_mesh(inputs, folder / "decoder", first, second)
+                mesh = mesh_of(second)
+                found = results(
+                    folder / "decoder", load_decoder(Directory(folder / "decoder"), "pretrain", mesh)[0]
+                )
+            else:
+                folder, mesh = output / text, mesh_of(text)
+                train_decoder(inputs, folder / "decoder", mesh, PRETRAIN)
+                found = results(
+                    folder / "decoder", load_decoder(Directory(folder / "decoder"), "pretrain", mesh)[0]
+                )
+                train_memory(inputs, folder / "memory", mesh)
+                memory = results(folder / "memory", load_memory(Directory(folder / "memory"), mesh)[0])
+                found |= {f"memory {name}": value for name, value in memory.items()}
+            if jax.process_index() == 0:
+                np.savez(output / f"{folder.name}.npz", **found)
 
 
 if __name__ == "__main__":

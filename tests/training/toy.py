@@ -1,7 +1,7 @@
 """A training that takes milliseconds a step: linear regression through the real loop.
 
-Also a program: python toy.py FOLDER STEPS SECONDS_PER_ELEMENT trains and prints nothing, so
-that a test can stop it at any moment.
+Also a program: python toy.py FOLDER STEPS SECONDS_PER_ELEMENT [HEARTBEAT_TIMEOUT [START_TIMEOUT]]
+trains, on all devices of all processes of its job, so that a test can stop it at any moment.
 """
 
 import sys
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mlp_memory.artifacts import Directory, begin
+from mlp_memory.artifacts import Directory, UserError, begin
 from mlp_memory.decoder.layers import parameter
-from mlp_memory.parallel.config import MeshConfig
+from mlp_memory.parallel.config import HostsConfig, MeshConfig
+from mlp_memory.parallel.hosts import joined
 from mlp_memory.parallel.mesh import make_mesh
 from mlp_memory.training import checkpoints
 from mlp_memory.training.batches import Batches
@@ -78,12 +79,16 @@ def make_task(source: Points, config: TrainConfig, **changes: Any) -> Task:
     return Task(**{**settings, **changes})
 
 
-def train_toy(folder: str, config: TrainConfig, source: Points | None = None, **changes: Any) -> Any:
+def train_toy(
+    folder: str, config: TrainConfig, source: Points | None = None, devices: int = 1, **changes: Any
+) -> Any:
     """Trains in `folder`, or goes on there; returns the finished manifest."""
     directory = Directory(folder)
     manifest = begin(directory, "toy", {"steps": config.steps}, {})
     task = make_task(source or Points(), config, **changes)
-    return train(task, directory, manifest, config, make_mesh(MeshConfig(), jax.devices()[:1]), {})
+    # Several devices share the parameters too.
+    mesh = make_mesh(MeshConfig(fsdp=2 if devices > 1 else 1), jax.devices()[:devices])
+    return train(task, directory, manifest, config, mesh, {})
 
 
 def load_toy(folder: str) -> dict[str, Any]:
@@ -97,6 +102,18 @@ def load_toy(folder: str) -> dict[str, Any]:
     return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(found)))
 
 
-if __name__ == "__main__":
+def main() -> None:
     folder, steps, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    train_toy(folder, TrainConfig(steps=steps, **SETTINGS), Points(seconds=seconds))
+    waits = dict(zip(("heartbeat_timeout", "start_timeout"), map(float, sys.argv[4:])))
+    with joined(HostsConfig(**waits)) as hosts:
+        hosts.start_jax()
+        devices = jax.device_count()
+        train_toy(folder, TrainConfig(steps=steps, **SETTINGS), Points(seconds=seconds), devices)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
