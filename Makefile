@@ -42,22 +42,16 @@ demo: $(READY)
 test: $(READY)
 	$(RUN) -m pytest --numprocesses=2 --dist=loadfile
 
-$(PARITY): requirements-parity.txt requirements.lock
+# .venv-parity and .venv-tpu, each from its requirements-NAME.txt.
+.venv-%/.ready: requirements-%.txt requirements.lock
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found: give PYTHON=/path/to/python"; exit 2; }
-	@echo "making .venv-parity with $$($(PYTHON) --version) (a few minutes, 2 GB)"
-	@test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity
-	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 -r requirements-parity.txt
-	@touch $(PARITY)
+	@echo "making .venv-$* with $$($(PYTHON) --version) (a few minutes, 2 GB)"
+	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 -r requirements-$*.txt
+	@touch $@
 
 parity: $(PARITY)
 	.venv-parity/bin/python -m pytest -rP tests/parity
-
-$(TPU): requirements-tpu.txt requirements.lock
-	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found: give PYTHON=/path/to/python"; exit 2; }
-	@echo "making .venv-tpu with $$($(PYTHON) --version) (a minute or two, 2 GB)"
-	@test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
-	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 -r requirements-tpu.txt
-	@touch $(TPU)
 
 plan: $(TPU)
 	@.venv-tpu/bin/python -m mlp_memory plan $(ARGS)

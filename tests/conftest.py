@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,13 @@ from mlp_memory.memory.config import MemoryConfig
 from mlp_memory.memory.mlp import Memory
 from mlp_memory.parallel.config import MeshConfig
 from mlp_memory.parallel.mesh import make_mesh
+
+# Tests start the same programs again and again: what one has compiled serves the others.
+_COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _COMPILED.name)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+jax.config.update("jax_enable_compilation_cache", False)  # here, where tests read what was compiled
 
 # Tests are compiled more than they are run. Programs that tests start compile as users do.
 _USERS_FLAGS = os.environ.get("XLA_FLAGS")

@@ -19,7 +19,7 @@ from mlp_memory.training.loop import lower_step
 
 if __name__ == "__main__":
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    for blocks in (2048, 4096):
+    for blocks in (4096, 8192):
         for vocabulary in (8192, 16384):
             config = DistillConfig(batch_size=blocks, block_rows=64, remat="full")
             model = MemoryConfig(layers=1, dim=16, ffn_dim=32, input_dim=16, vocab_size=vocabulary)
