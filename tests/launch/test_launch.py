@@ -98,8 +98,10 @@ class Machine:
         path.chmod(0o755)
 
     def start(self, *words: object, **environment: str) -> subprocess.Popen:
+        # Where tests run in several workers, these are deaf to Ctrl-C, and would hand that on.
+        hearing = ["/usr/bin/env", "--default-signal=INT"]
         process = subprocess.Popen(
-            [str(word) for word in words],
+            [*hearing, *(str(word) for word in words)],
             cwd=self.folder,
             env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,
@@ -107,8 +109,6 @@ class Machine:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # Where tests run in several workers, these are deaf to Ctrl-C, and would hand that on.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.started.append(process)
         return process
