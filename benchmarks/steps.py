@@ -59,7 +59,7 @@ class JaxStep:
         from mlp_memory.memory.states import StoredStates
         from mlp_memory.parallel.config import MeshConfig
         from mlp_memory.parallel.mesh import make_mesh
-        from mlp_memory.training.loop import _Run as Step
+        from mlp_memory.training.loop import Run
 
         shape = MemoryConfig(sizes.style, sizes.layers, sizes.dim, sizes.ffn).resolved(sizes.dim, sizes.vocab)
         config = DistillConfig(
@@ -88,7 +88,7 @@ class JaxStep:
         self.task = distill_task(shape, config, states, self.mesh)
         if loss == "dense":
             self.task = dataclasses.replace(self.task, loss=dense_loss)
-        self.run = Step(self.task, config, self.mesh)
+        self.run = Run(self.task, config, self.mesh)
         self.state, self.taken = self.run.initial_state(), 0
 
     def parameters(self) -> dict[str, np.ndarray]:

@@ -14,7 +14,8 @@ on all of them:
 
 Give the same command again after an interruption: a slice that is there is used, one that was
 preempted is asked for anew, a process that still runs on it saves a checkpoint and ends, and the job
-goes on. Have your key loaded (ssh-add ~/.ssh/google_compute_engine), and start this in tmux: the job
+goes on. On a slice of several hosts give --stage: what all hosts do together (pretrain, import,
+distill, joint, baseline, export); do the other stages on one machine outside of it. Have your key loaded (ssh-add ~/.ssh/google_compute_engine), and start this in tmux: the job
 hangs on its ssh connections.
 
 The machines:

@@ -88,14 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--workdir", required=True, help="folder of all artifacts: a path, gs:// or s3://"
         )
-        command.add_argument("--gin_file", action="append", default=[], help="recipe; may be given again")
-        command.add_argument(
-            "--gin",
-            action="append",
-            default=[],
-            metavar="NAME.PARAM=VALUE",
-            help="binding; may be given again",
-        )
+        _add_recipe(command)
         command.add_argument(
             "--dry_run", action="store_true", help="print the resolved config with every shape, and stop"
         )
@@ -119,6 +112,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--gin_file", action="append", default=[], help="recipe; may be given again")
+    command.add_argument(
+        "--gin", action="append", default=[], metavar="NAME.PARAM=VALUE", help="binding; may be given again"
+    )
+
+
 def _add_plan(stages: argparse._SubParsersAction) -> None:
     text = "what stages would need at another size, or trainings on chips that are not here"
     plan = stages.add_parser("plan", help=text, description=text)
@@ -135,14 +135,7 @@ def _add_plan(stages: argparse._SubParsersAction) -> None:
             epilog=_PLAN_EPILOG if name == "retrieve" else _PLAN_TRAINING_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        what.add_argument("--gin_file", action="append", default=[], help="recipe; may be given again")
-        what.add_argument(
-            "--gin",
-            action="append",
-            default=[],
-            metavar="NAME.PARAM=VALUE",
-            help="binding; may be given again",
-        )
+        _add_recipe(what)
         if name == "retrieve":
             what.add_argument("--rows", required=True, help="tokens of the datastore: 600e6, say")
             what.add_argument("--dim", type=int, help="of a hidden state (decoder.dim)")
@@ -347,7 +340,8 @@ def _setting(source: str) -> str:
 
 def _dispatch(args: argparse.Namespace) -> None:
     if args.stage == "plan":
-        _plan_retrieve(args) if args.what == "retrieve" else _plan_training(args)
+        plan = _plan_retrieve if args.what == "retrieve" else _plan_training
+        plan(args)
         return
     workdir = Directory(args.workdir)
     source = getattr(args, "source", None)

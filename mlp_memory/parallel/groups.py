@@ -41,11 +41,7 @@ def _iota(found: re.Match) -> np.ndarray:
     sizes, source, order = found.groups()
     source = _numbers(source or sizes)
     array = np.arange(np.prod(source)).reshape(source)
-    return (
-        array.transpose(_numbers(order) if order else None).reshape(_numbers(sizes))
-        if order
-        else (array.reshape(_numbers(sizes)))
-    )
+    return (array.transpose(_numbers(order)) if order else array).reshape(_numbers(sizes))
 
 
 def _along_axes(mesh: str, ids: str | None, named: str) -> np.ndarray:

@@ -69,7 +69,7 @@ def compute_dtype(name: str) -> Any:
     return half_dtype() if name == "bfloat16" else jnp.dtype(name)
 
 
-class _Run:
+class Run:
     """The compiled pieces of one training: initial state, its shardings, the step."""
 
     def __init__(self, task: Task, config: TrainConfig, mesh: Mesh):
@@ -244,7 +244,7 @@ def train(
       SystemExit: after SIGTERM, the state saved.
     """
     _check_batch(config, mesh)
-    run = _Run(task, config, mesh)
+    run = Run(task, config, mesh)
     steps = checkpoints.StepCheckpoints(directory, config.keep)
     # SIGTERM is let through to Python only once every save is on disk.
     with contextlib.closing(_StopRequest()) as stop, contextlib.closing(steps):
@@ -277,7 +277,7 @@ def lower_step(
       UserError: the batch or a parameter does not divide over the mesh.
     """
     _check_batch(config, mesh)
-    run = _Run(task, config, mesh)
+    run = Run(task, config, mesh)
     number = jax.ShapeDtypeStruct((), np.uint32)
     return run.step.lower(run.abstract_state(), task.frozen, abstract_batch(batch, mesh), number)
 
@@ -292,7 +292,7 @@ def _check_batch(config: TrainConfig, mesh: Mesh) -> None:
 
 
 def _take_steps(
-    run: _Run, directory: Directory, steps: checkpoints.StepCheckpoints, stop: _StopRequest
+    run: Run, directory: Directory, steps: checkpoints.StepCheckpoints, stop: _StopRequest
 ) -> None:
     """From the latest checkpoint, or the start, to the last step."""
     task, config, first = run.task, run.config, steps.latest
