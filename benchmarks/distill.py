@@ -187,7 +187,8 @@ def head_alone(sizes: Sizes, repeats: int) -> dict[str, float]:
 
 def feed(sizes: Sizes, block_rows: int, steps: int) -> dict[str, float]:
     """Seconds of a step whose batch is read from disk, and of one whose batch is there already."""
-    from mlp_memory.artifacts import ArrayReader, ArraySpec, ChunkWriter, Directory, begin, peek
+    from mlp_memory.arrays import ArrayReader, ChunkWriter
+    from mlp_memory.artifacts import ArraySpec, Directory, begin, peek
     from mlp_memory.corpus.stream import TokenStream
     from mlp_memory.memory.distill import TargetSource
     from mlp_memory.memory.states import StoredStates

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from mlp_memory.artifacts import ArrayReader, Directory, peek
+from mlp_memory.arrays import ArrayReader
+from mlp_memory.artifacts import Directory, peek
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.index.config import IndexConfig
 from mlp_memory.index.exact import exact_search

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mlp_memory.artifacts import ArrayReader, Directory, Rows, as_dtype, peek
+from mlp_memory.arrays import ArrayReader, Rows
+from mlp_memory.artifacts import Directory, as_dtype, peek
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.datastore.codec import Codec, fit
 from mlp_memory.datastore.config import EmbedConfig

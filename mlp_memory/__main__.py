@@ -324,7 +324,9 @@ def _show_results(job: Job) -> None:
 
 
 def _generate(args: argparse.Namespace, job: Job) -> None:
-    for title, pieces in pipeline.continuations(job, args.prompt, args.model):
+    from mlp_memory.generate import continuations
+
+    for title, pieces in continuations(job, args.prompt, args.model):
         print(f"[{title}] {args.prompt}", end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)

@@ -1,7 +1,7 @@
 """Manifests and array schemas: the only thing that stages share.
 
 An artifact is a folder (local path, `gs://` or `s3://`) with a `manifest.json` and, for
-array artifacts, one zarr3 array per name with crc32c on each chunk. The manifest is
+array artifacts, one zarr3 array per name (`arrays` writes and reads them). The manifest is
 written twice: unfinished when work starts, finished when every chunk is in place, so a
 reader sees a whole artifact or none. Nothing in it depends on the clock or the machine:
 an interrupted and an uninterrupted run end in the same bytes.
@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -369,145 +369,3 @@ def chunk_count(spec: ArraySpec) -> int:
 
 def _chunk_key(spec: ArraySpec, chunk: int) -> str:
     return "c/" + "/".join([str(chunk)] + ["0"] * (len(spec.shape) - 1))
-
-
-def _open(directory: Directory, name: str, spec: ArraySpec, create: bool) -> ts.TensorStore:
-    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-    blocks = {
-        "chunk_shape": [spec.block_rows, *spec.chunk_shape[1:]],
-        "codecs": checked,
-        "index_codecs": checked,
-        "index_location": "end",
-    }
-    return ts.open(
-        {
-            "driver": "zarr3",
-            "kvstore": (directory / name).kvstore.spec().to_json(),
-            "store_data_equal_to_fill_value": True,
-            "fill_missing_data_reads": create,
-            "metadata": {
-                "shape": list(spec.shape),
-                "data_type": str(as_dtype(spec.dtype)),
-                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(spec.chunk_shape)}},
-                "codecs": [{"name": "sharding_indexed", "configuration": blocks}]
-                if spec.block_rows
-                else checked,
-            },
-        },
-        open=True,
-        create=create,
-    ).result()
-
-
-def written_chunks(directory: Directory) -> set[int]:
-    """The chunks that have been written of an unfinished array artifact, by whomever."""
-    return {int(name.removesuffix(".json")) for name in (directory / "chunks").names()}
-
-
-def _mark(chunk: int) -> str:
-    return f"chunks/{chunk:08d}.json"
-
-
-class ChunkWriter:
-    """Writes an artifact's arrays chunk by whole chunk; knows which are still missing.
-
-    A chunk counts as written once its mark (`chunks/NNN.json`, the checksums) is there,
-    and the mark is written last. All arrays share the first axis and its chunking.
-    """
-
-    def __init__(self, directory: Directory, manifest: Manifest):
-        specs = list(manifest.arrays.values())
-        if len({(s.shape[0], s.chunk_shape[0]) for s in specs}) != 1:
-            raise ValueError("arrays of one artifact share rows and chunk rows")
-        self.directory, self.manifest = directory, manifest
-        self.rows_total, self.chunk_rows = specs[0].shape[0], specs[0].chunk_shape[0]
-        self._stores = {n: _open(directory, n, s, create=True) for n, s in manifest.arrays.items()}
-        self._marks = {chunk: json.loads(directory.read(_mark(chunk))) for chunk in written_chunks(directory)}
-
-    def __len__(self) -> int:
-        return -(-self.rows_total // self.chunk_rows)
-
-    def rows(self, chunk: int) -> tuple[int, int]:
-        """First row and one past the last row of a chunk."""
-        return chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, self.rows_total)
-
-    def missing(self) -> list[int]:
-        return [c for c in range(len(self)) if c not in self._marks]
-
-    def write(self, chunk: int, **arrays: np.ndarray) -> None:
-        """Writes one whole chunk of every array.
-
-        Raises:
-          UserError: a value is not finite, or the disk refuses.
-        """
-        start, stop = self.rows(chunk)
-        pending, marks = [], {}
-        for name, spec in self.manifest.arrays.items():
-            value = np.ascontiguousarray(arrays[name], dtype=as_dtype(spec.dtype))
-            if value.shape != (stop - start, *spec.shape[1:]):
-                raise ValueError(f"{name}: {value.shape} written to rows {start}:{stop} of {spec.shape}")
-            if value.dtype.kind == "f" or spec.dtype == "bfloat16":
-                bad = ~np.isfinite(value.reshape(len(value), -1)).all(axis=1)
-                if bad.any():
-                    raise UserError(f"{self.directory}/{name}: row {start + int(bad.argmax())} is not finite")
-            marks[name] = digest(value.view(np.uint8).data if value.size else b"")
-            pending.append(self._stores[name][start:stop].write(value))
-        try:
-            for future in pending:
-                future.result()
-        except ValueError as error:
-            raise UserError(f"cannot write {self.directory}: {first_line(error)}") from error
-        self.directory.write(_mark(chunk), canonical_json(marks).encode())
-        self._marks[chunk] = marks
-
-    def finish(self, **facts: Any) -> Manifest:
-        """Declares the artifact whole; the marks move into the manifest."""
-        if self.missing():
-            raise ValueError(f"chunks {self.missing()[:5]} are missing")
-        checksums = {name: [self._marks[c][name] for c in range(len(self))] for name in self.manifest.arrays}
-        return finish(self.directory, dataclasses.replace(self.manifest, checksums=checksums), **facts)
-
-
-class Rows(Protocol):
-    """What has rows, shape [N, ...]: an `ArrayReader`, a NumPy array, a `KeyStore`."""
-
-    shape: tuple[int, ...]
-
-    def __getitem__(self, rows: slice) -> np.ndarray: ...
-
-
-class ArrayReader:
-    """Rows of one finished array, `reader[a:b]`, as NumPy; decoded chunks are cached.
-
-    Raises:
-      UserError: on a chunk that is damaged (crc32c) or gone.
-    """
-
-    def __init__(self, directory: Directory, name: str, cache_bytes: int = 1 << 30):
-        manifest = peek(directory)
-        if manifest is None or name not in manifest.arrays:
-            raise UserError(f"{directory} has no array {name!r}")
-        self.spec = manifest.arrays[name]
-        self.shape, self.dtype = self.spec.shape, as_dtype(self.spec.dtype)
-        self._what, self._directory = f"{directory}/{name}", directory
-        self._location, self._name, self._cache_bytes = directory.location, name, cache_bytes
-        self._store = None
-
-    @property
-    def store(self) -> ts.TensorStore:
-        if self._store is None:
-            context = ts.Context({"cache_pool": {"total_bytes_limit": self._cache_bytes}})
-            spec = _open(self._directory, self._name, self.spec, create=False).spec()
-            self._store = ts.open(spec, context=context, open=True).result()
-        return self._store
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        try:
-            return np.asarray(self.store[rows].read().result())
-        except ValueError as error:
-            raise UserError(
-                f"{self._what} is damaged: {first_line(error)}; delete its folder and run again"
-            ) from error

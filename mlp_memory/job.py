@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import Directory, Manifest, Rows, UserError, config_dict
+from mlp_memory.arrays import Rows
+from mlp_memory.artifacts import Directory, Manifest, UserError, config_dict
 from mlp_memory.config import Config
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.datastore.config import EmbedConfig

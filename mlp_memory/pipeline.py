@@ -7,7 +7,7 @@ inside the stage that needs them: a training process never loads TensorFlow, seq
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mlp_memory import artifacts
@@ -477,22 +477,3 @@ STAGES: tuple[Stage, ...] = (
         together=True,
     ),
 )
-
-
-def continuations(job: Job, prompt: str, model: str) -> Iterator[tuple[str, Iterator[str]]]:
-    """Text after a prompt, piece by piece, per model: "base", "base_plus_memory", "joint" or "both".
-
-    λ is the one the trainings found best on validation.
-    """
-    from mlp_memory.inference.continuation import continuation
-    from mlp_memory.inference.next_token import Predictor
-
-    config, vocabulary = job.config, job.vocabulary()
-    for name in ("base", "base_plus_memory") if model == "both" else (model,):
-        decoder, made = job.decoder("joint" if name == "joint" else "pretrain")
-        memory, weight = None, 0.0
-        if name != "base":
-            memory, distilled = job.memory()
-            weight = (made if name == "joint" else distilled).facts["validation"]["validation_lambda"]
-        predictor = Predictor(decoder, memory, weight, job.embed_config.tap, job.embed_config.context)
-        yield name, continuation(predictor, vocabulary, prompt, config.generate)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlp_memory.artifacts import ArraySpec, ChunkWriter, Directory, begin
+from mlp_memory.arrays import ChunkWriter
+from mlp_memory.artifacts import ArraySpec, Directory, begin
 from mlp_memory.corpus.stream import BOUNDS_NAME, KIND, TokenStream
 from mlp_memory.decoder.config import DecoderConfig
 from mlp_memory.decoder.transformer import Decoder

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import ArrayReader, ArraySpec, ChunkWriter, Directory, Manifest, UserError
+from mlp_memory.arrays import ArrayReader, ChunkWriter
+from mlp_memory.artifacts import ArraySpec, Directory, Manifest, UserError
 
 SPECS = {
     "keys": ((3,), "bfloat16"),

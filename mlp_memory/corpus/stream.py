@@ -5,7 +5,8 @@ import hashlib
 import numpy as np
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import ArrayReader, Directory, Manifest, UserError
+from mlp_memory.arrays import ArrayReader
+from mlp_memory.artifacts import Directory, Manifest, UserError
 
 KIND = "corpus"
 BOUNDS_NAME = "bounds.i64"

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import ArraySpec, ChunkWriter, Directory, Manifest, UserError
+from mlp_memory.arrays import ChunkWriter
+from mlp_memory.artifacts import ArraySpec, Directory, Manifest, UserError
 from mlp_memory.corpus import units, vocabulary_files, vocabulary_training
 from mlp_memory.corpus.config import SPLITS, CorpusConfig
 from mlp_memory.corpus.documents import Files, file_sha256, fingerprints, input_files

@@ -8,17 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import (
-    ArraySpec,
-    ChunkWriter,
-    Directory,
-    Manifest,
-    UserError,
-    as_dtype,
-    digest,
-    peek,
-    written_chunks,
-)
+from mlp_memory.arrays import ChunkWriter, written_chunks
+from mlp_memory.artifacts import ArraySpec, Directory, Manifest, UserError, as_dtype, digest, peek
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.datastore.codec import CODEC_NAME, Codec, fit
 from mlp_memory.datastore.config import EmbedConfig

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mlp_memory.artifacts import ArrayReader, Directory, Manifest, Rows, UserError
+from mlp_memory.arrays import ArrayReader, Rows
+from mlp_memory.artifacts import Directory, Manifest, UserError
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.datastore.codec import Codec, open_codec
 from mlp_memory.datastore.config import EmbedConfig

@@ -8,7 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import ArrayReader, ArraySpec, ChunkWriter, Directory
+from mlp_memory.arrays import ArrayReader, ChunkWriter
+from mlp_memory.artifacts import ArraySpec, Directory
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.datastore.store import KeyStore

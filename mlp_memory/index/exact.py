@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mlp_memory.artifacts import Rows
+from mlp_memory.arrays import Rows
 from mlp_memory.index.neighbors import nearest_first
 
 # Measured on 2 AVX-512 cores, 300k keys of d = 192, k = 256: three quarters of the time is the

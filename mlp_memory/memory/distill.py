@@ -10,7 +10,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import ArrayReader, Directory, Manifest, UserError
+from mlp_memory.arrays import ArrayReader
+from mlp_memory.artifacts import Directory, Manifest, UserError
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.memory.config import DistillConfig, MemoryConfig
 from mlp_memory.memory.mlp import Memory

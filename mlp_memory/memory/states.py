@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mlp_memory.artifacts import Rows, UserError
+from mlp_memory.arrays import Rows
+from mlp_memory.artifacts import UserError
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.decoder.transformer import Decoder

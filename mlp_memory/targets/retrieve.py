@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from mlp_memory.arrays import ArrayReader, ChunkWriter, written_chunks
 from mlp_memory.artifacts import (
-    ArrayReader,
     ArraySpec,
-    ChunkWriter,
     Directory,
     UserError,
     begin,
@@ -19,7 +18,6 @@ from mlp_memory.artifacts import (
     config_dict,
     digest,
     peek,
-    written_chunks,
 )
 from mlp_memory.index.exact import Rows, exact_search
 from mlp_memory.index.shards import single_rows

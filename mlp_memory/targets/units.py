@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from mlp_memory.artifacts import ChunkWriter, Directory, peek
+from mlp_memory.arrays import ChunkWriter
+from mlp_memory.artifacts import Directory, peek
 from mlp_memory.index.exact import Rows
 from mlp_memory.index.neighbors import nearest_first
 from mlp_memory.targets.candidates import CandidateLists, bytes_per_candidate

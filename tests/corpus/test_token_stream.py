@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import ArraySpec, ChunkWriter, Directory, UserError
+from mlp_memory.arrays import ChunkWriter
+from mlp_memory.artifacts import ArraySpec, Directory, UserError
 from mlp_memory.corpus.stream import BOUNDS_NAME, KIND, TokenStream
 
 

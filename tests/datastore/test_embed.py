@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlp_memory.artifacts import ArrayReader, ChunkWriter, Directory, UserError, as_dtype, begin, config_dict
+from mlp_memory.arrays import ArrayReader, ChunkWriter
+from mlp_memory.artifacts import Directory, UserError, as_dtype, begin, config_dict
 from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.datastore.embed import Inputs, embed, key_specs, row_reader
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlp_memory.artifacts import ArrayReader, Directory, UserError, as_dtype, begin, config_dict
+from mlp_memory.arrays import ArrayReader
+from mlp_memory.artifacts import Directory, UserError, as_dtype, begin, config_dict
 from mlp_memory.datastore import embed as embedding
 from mlp_memory.datastore.codec import CODEC_NAME
 from mlp_memory.datastore.config import EmbedConfig

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlp_memory.artifacts import ArrayReader, Directory, UserError, begin
+from mlp_memory.arrays import ArrayReader
+from mlp_memory.artifacts import Directory, UserError, begin
 from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.datastore.embed import row_reader
 from mlp_memory.decoder.config import DecoderConfig, Tap

@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from mlp_memory.artifacts import ArrayReader, Directory, begin
+from mlp_memory.arrays import ArrayReader
+from mlp_memory.artifacts import Directory, begin
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.decoder.config import DecoderConfig, PretrainConfig
 from mlp_memory.decoder.pretrain import load_decoder, pretrain

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlp_memory.artifacts import ArrayReader, Directory, peek
+from mlp_memory.arrays import ArrayReader
+from mlp_memory.artifacts import Directory, peek
 
 REPOSITORY = Path(__file__).parents[2]
 # In one process, which saves three starts of Python per kind of store.

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from mlp_memory.artifacts import ChunkWriter, Directory, UserError, begin
+from mlp_memory.arrays import ChunkWriter
+from mlp_memory.artifacts import Directory, UserError, begin
 from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.datastore.embed import key_specs
 from mlp_memory.decoder.config import DecoderConfig

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from mlp_memory.artifacts import ArrayReader, ArraySpec, ChunkWriter, Directory, UserError, begin, peek
+from mlp_memory.arrays import ArrayReader, ChunkWriter
+from mlp_memory.artifacts import ArraySpec, Directory, UserError, begin, peek
 from mlp_memory.index.config import IndexConfig
 from mlp_memory.index.search import Index, open_index
 from mlp_memory.index.stage import build_index

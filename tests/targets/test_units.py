@@ -6,7 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from mlp_memory.artifacts import ChunkWriter, Directory, begin, config_dict, peek, written_chunks
+from mlp_memory.arrays import ChunkWriter, written_chunks
+from mlp_memory.artifacts import Directory, begin, config_dict, peek
 from mlp_memory.index.exact import exact_search
 from mlp_memory.index.neighbors import nearest_first
 from mlp_memory.targets.candidates import CandidateLists, bytes_per_candidate
