@@ -2,30 +2,21 @@
 
 import argparse
 import dataclasses
-import difflib
 import json
-import logging
 import math
 import os
-import re
 import sys
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-import gin
 
 from mlp_memory import pipeline
 from mlp_memory.artifacts import Directory, UserError, first_line
-from mlp_memory.config import Config
-from mlp_memory.corpus.config import PartConfig
 from mlp_memory.job import Job, is_there
+from mlp_memory.recipes import SAVED, load_config, resolved_gin
 
 if TYPE_CHECKING:
     from mlp_memory.parallel.hosts import Hosts
 
-_SAVED = "config.gin"
-_PART = "part"
 _EPILOG = """\
 A recipe is a gin file; gin_configs/recipes has some. Any of its values can be set on the
 command line:
@@ -54,13 +45,6 @@ A machine without TPUs can compile for them; make plan prepares what that needs:
 For GPUs (h100-8, h100-64, h200-8) any environment will do.
 """
 TRAININGS = ("distill", "pretrain", "joint")
-
-SECTIONS = {
-    field.name: gin.external_configurable(field.default_factory, name=field.name, module="mlp_memory")
-    for field in dataclasses.fields(Config)
-}
-# A mixture's parts: corpus.parts = {"books": @books/part()}, then books/part.source = "jsonl".
-gin.external_configurable(PartConfig, name=_PART, module="mlp_memory")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,12 +85,23 @@ def _parser() -> argparse.ArgumentParser:
                 "or a memory's folder (pretrained.memory)",
             )
         if name == "generate":
-            command.add_argument("--prompt", required=True, help="text to continue")
+            command.add_argument(
+                "--prompt",
+                action="append",
+                required=True,
+                help="text to continue; may be given again: all are continued as one batch",
+            )
             command.add_argument(
                 "--model",
                 choices=("both", "base", "base_plus_memory", "joint"),
                 default="both",
                 help="both: base, then base with memory",
+            )
+            command.add_argument(
+                "--interpolation",
+                type=float,
+                metavar="LAMBDA",
+                help="the memory's share; the best on validation if left out",
             )
     _add_plan(stages)
     return parser
@@ -188,59 +183,6 @@ def _plan_retrieve(args: argparse.Namespace) -> None:
     print(plan_table(int(rows), needs, args.workers))
 
 
-def load_config(files: list[str], bindings: list[str], workdir: Directory | None) -> Config:
-    """The config of these gin files and bindings; without files, of the workdir's config.gin if there is one.
-
-    Raises:
-      UserError: a file is missing, a name unknown, a value impossible.
-    """
-    gin.clear_config()
-    saved = []
-    if not files and workdir is not None and (not workdir.is_local or workdir.path.is_dir()):
-        saved = [workdir.read(_SAVED)]
-    for file in files:
-        if not Path(file).is_file():
-            raise UserError(f"--gin_file {file!r} does not exist: gin_configs/recipes holds the recipes")
-        for folder in list(Path(file).resolve().parents)[:2]:
-            gin.add_config_file_search_path(str(folder))
-    # gin logs every folder of its search path that does not hold an included file.
-    logging.disable(logging.ERROR)
-    try:
-        for text in saved:
-            gin.parse_config((text or b"").decode())
-        gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
-        return Config(**{name: section() for name, section in SECTIONS.items()})
-    except UserError as error:
-        raise UserError(_naming_part(error)) from error
-    except Exception as error:  # gin raises many kinds, and adds lines of its own to any of them
-        cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-        raise UserError(_explain(cause)) from error
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _naming_part(error: UserError) -> str:
-    """The message, after the part of a mixture that it is about; gin adds its name on a line of its own."""
-    part = re.search(rf"configurable '{_PART}' .* in scope '([^']+)'", str(error))
-    return f"{part.group(1)}/{_PART}: {first_line(error)}" if part else first_line(error)
-
-
-def _explain(error: BaseException) -> str:
-    """gin's message in one line, with the nearest known name."""
-    text = " ".join(str(error).split())[:300]
-    if found := re.search(r"[Nn]o configurable matching '([^']+)'", text):
-        name, known = found.group(1), [*SECTIONS, _PART]
-    elif found := re.search(r"'([^']+)' doesn't have a parameter named '([^']+)'", text):
-        section = found.group(1).rsplit(".", 1)[-1]
-        fields = {f.name: f.default_factory for f in dataclasses.fields(Config)} | {_PART: PartConfig}
-        name = found.group(2)
-        known = [f.name for f in dataclasses.fields(fields[section])] if section in fields else []
-    else:
-        return f"gin: {text}"
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"gin: {text} ({f'did you mean {near[0]!r}?' if near else 'there are: ' + ', '.join(known)})"
-
-
 def _run(args: argparse.Namespace, job: Job) -> None:
     """Does the first stage that is missing, then starts afresh for the next one.
 
@@ -311,7 +253,7 @@ def _work(job: Job, stage: pipeline.Stage, hosts: "Hosts") -> None:
         hosts.agree()
         with timed(job.workdir, stage):
             stage.work(job, job.workdir / stage.folder)
-        job.workdir.write(_SAVED, gin.operative_config_str().encode())
+        job.workdir.write(SAVED, resolved_gin().encode())
 
 
 def _show_results(job: Job) -> None:
@@ -324,13 +266,18 @@ def _show_results(job: Job) -> None:
 
 
 def _generate(args: argparse.Namespace, job: Job) -> None:
-    from mlp_memory.generate import continuations
+    from mlp_memory.language_model import language_model
 
-    for title, pieces in continuations(job, args.prompt, args.model):
-        print(f"[{title}] {args.prompt}", end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print("\n" if args.model == "both" else "")
+    prompts, many = args.prompt, args.model == "both" or len(args.prompt) > 1
+    for title in ("base", "base_plus_memory") if args.model == "both" else (args.model,):
+        model = language_model(job, title, None if title == "base" else args.interpolation)
+        # One prompt's text is shown as it grows, several are continued as one batch.
+        texts = [model.stream(prompts[0])] if len(prompts) == 1 else [[t] for t in model.generate(prompts)]
+        for prompt, pieces in zip(prompts, texts):
+            print(f"[{title}] {prompt}", end="", flush=True)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print("\n" if many else "")
 
 
 def _setting(source: str) -> str:
@@ -353,7 +300,7 @@ def _dispatch(args: argparse.Namespace) -> None:
     if args.dry_run:
         from mlp_memory.dry_run import shapes_table
 
-        print(gin.operative_config_str())
+        print(resolved_gin())
         print(shapes_table(config))
     elif args.stage == "run":
         _run(args, job)

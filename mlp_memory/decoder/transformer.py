@@ -1,10 +1,10 @@
 """A pre-norm causal transformer in Flax NNX with a tapped hidden state.
 
 Shapes: B batch, T positions, D residual width, H query heads, K key/value heads, E head
-width, V vocabulary.
+width, V vocabulary, L layers, C positions that a cache has room for.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,34 @@ def rotary_frequencies(config: DecoderConfig) -> np.ndarray:
     return frequency.astype(np.float32)
 
 
-def rotate(x_BxTxHxE: jax.Array, frequency: np.ndarray) -> jax.Array:
+class Cache(NamedTuple):
+    """Keys (rotated) and values of every position read so far; slot c holds position c of its row."""
+
+    keys_LxBxCxKxE: jax.Array
+    values_LxBxCxKxE: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        """Positions that it has room for, C."""
+        return self.keys_LxBxCxKxE.shape[2]
+
+    def store(
+        self, layer: jax.Array, positions_BxT: jax.Array, k_BxTxKxE: jax.Array, v_BxTxKxE: jax.Array
+    ) -> tuple[jax.Array, jax.Array, "Cache"]:
+        """Writes keys and values at their positions: all that the layer has, [B, C, K, E], and the cache."""
+        place = (layer, jnp.arange(positions_BxT.shape[0])[:, None], positions_BxT)
+        stored = Cache(self[0].at[place].set(k_BxTxKxE), self[1].at[place].set(v_BxTxKxE))
+        return stored[0][layer], stored[1][layer], stored
+
+    def grown(self, capacity: int) -> "Cache":
+        """With room for so many positions."""
+        room = [(0, 0), (0, 0), (0, capacity - self.capacity), (0, 0), (0, 0)]
+        return Cache(*(jnp.pad(x, room) for x in self))
+
+
+def rotate(x_BxTxHxE: jax.Array, frequency: np.ndarray, positions_BxT: jax.Array) -> jax.Array:
     """Rotary position embedding, first half paired with second half (as in GPT-NeoX, Llama)."""
-    angle = jnp.arange(x_BxTxHxE.shape[1], dtype=jnp.float32)[:, None, None] * frequency
+    angle = positions_BxT.astype(jnp.float32)[:, :, None, None] * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x_BxTxHxE.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -59,7 +84,14 @@ class Attention(nnx.Module):
         norms = [Norm("rmsnorm", e, config.norm_epsilon, rngs) for _ in range(2)] if config.qk_norm else None
         self.query_norm, self.key_norm = norms or (None, None)
 
-    def __call__(self, x_BxTxD: jax.Array, mask_BxTxT: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        positions_BxT: jax.Array,
+        mask_BxTxC: jax.Array,
+        cache: Cache | None,
+        layer: jax.Array,
+    ) -> tuple[jax.Array, Cache | None]:
         c, (batch, length) = self.config, x_BxTxD.shape[:2]
         q = self.query(x_BxTxD).reshape(batch, length, c.heads, c.head_dim)
         k = self.key(x_BxTxD).reshape(batch, length, c.num_kv_heads, c.head_dim)
@@ -68,9 +100,11 @@ class Attention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if c.positions == "rotary":
             frequency = rotary_frequencies(c)
-            q, k = rotate(q, frequency), rotate(k, frequency)
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask_BxTxT[:, None])
-        return self.out(y.reshape(batch, length, c.heads * c.head_dim))
+            q, k = rotate(q, frequency, positions_BxT), rotate(k, frequency, positions_BxT)
+        if cache is not None:
+            k, v, cache = cache.store(layer, positions_BxT, k, v)
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask_BxTxC[:, None])
+        return self.out(y.reshape(batch, length, c.heads * c.head_dim)), cache
 
 
 class Block(nnx.Module):
@@ -89,11 +123,12 @@ class Block(nnx.Module):
             out_scale=(2 * config.layers) ** -0.5,
         )
 
-    def __call__(self, x_BxTxD: jax.Array, mask_BxTxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The stream after the block, and its feed-forward's input; both [B, T, D]."""
-        x = x_BxTxD + self.attention(self.attention_norm(x_BxTxD), mask_BxTxT)
+    def __call__(self, x_BxTxD: jax.Array, *attended: Any) -> tuple[jax.Array, jax.Array, Cache | None]:
+        """The stream after the block and its feed-forward's input, both [B, T, D], and the cache."""
+        y, cache = self.attention(self.attention_norm(x_BxTxD), *attended)
+        x = x_BxTxD + y
         ffn_input = self.ffn_norm(x)
-        return x + self.ffn(ffn_input), ffn_input
+        return x + self.ffn(ffn_input), ffn_input, cache
 
 
 class Decoder(nnx.Module):
@@ -139,29 +174,73 @@ class Decoder(nnx.Module):
         Returns:
           hidden_BxTxD, tap_BxTxD, both in `dtype`.
         """
-        tap = tap or Tap()
-        tap_index = tap.index(self.config.layers)
-        c, length = self.config, tokens_BxT.shape[1]
+        length = tokens_BxT.shape[1]
         mask_BxTxT = jnp.tril(jnp.ones((1, length, length), bool))
-        near_TxT = jnp.triu(jnp.ones((length, length), bool), 1 - c.window)
-        windowed = 0 < c.window < length
         if segments_BxT is not None:
             mask_BxTxT = mask_BxTxT & (segments_BxT[:, :, None] == segments_BxT[:, None, :])
+        positions_1xT = jnp.arange(length)[None]
+        hidden, tapped, _ = self._read(tokens_BxT, positions_1xT, mask_BxTxT, None, tap, dtype, remat)
+        return hidden, tapped
+
+    def extend(
+        self,
+        tokens_BxT: jax.Array,
+        positions_BxT: jax.Array,
+        cache: Cache,
+        tap: Tap | None = None,
+        dtype: Any = jnp.float32,
+    ) -> tuple[jax.Array, jax.Array, Cache]:
+        """Reads more tokens of each row: what `__call__` gives at their positions, and the cache with them.
+
+        A position sees what the cache holds at positions up to its own. What lies beyond, left by padding
+        or by tokens taken back, is not seen, and is overwritten when its position is read.
+
+        Args:
+          tokens_BxT: integer ids.
+          positions_BxT: where each stands in its row, from 0; below the cache's capacity.
+          cache: of the positions before.
+          tap, dtype: see `__call__`.
+        """
+        slots_C = jnp.arange(cache.capacity)
+        seen_BxTxC = slots_C <= positions_BxT[:, :, None]
+        return self._read(tokens_BxT, positions_BxT, seen_BxTxC, cache, tap, dtype)
+
+    def empty_cache(self, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
+        """Room for `capacity` positions of each of `batch` rows."""
+        c = self.config
+        shape = (c.layers, batch, capacity, c.num_kv_heads, c.head_dim)
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def _read(
+        self,
+        tokens_BxT: jax.Array,
+        positions_BxT: jax.Array,
+        mask_BxTxC: jax.Array,
+        cache: Cache | None,
+        tap: Tap | None,
+        dtype: Any,
+        remat: str = "none",
+    ) -> tuple[jax.Array, jax.Array, Cache | None]:
+        c, tap = self.config, tap or Tap()
+        tap_index = tap.index(c.layers)
+        near_BxTxC = positions_BxT[:, :, None] - jnp.arange(mask_BxTxC.shape[2]) < c.window
+        windowed = 0 < c.window < mask_BxTxC.shape[2]
         x_BxTxD = self.embedding[...].astype(dtype)[tokens_BxT]
         if self.positions is not None:
-            x_BxTxD = x_BxTxD + self.positions[...].astype(dtype)[:length]
+            x_BxTxD = x_BxTxD + self.positions[...].astype(dtype)[positions_BxT]
 
         def step(
-            block: Block, carry: tuple[jax.Array, jax.Array], layer: jax.Array
-        ) -> tuple[jax.Array, jax.Array]:
-            x, tapped = carry
-            seen_BxTxT = mask_BxTxT & (near_TxT | (layer < c.window_from)) if windowed else mask_BxTxT
-            x, ffn_input = block(x, seen_BxTxT)
+            block: Block, carry: tuple[jax.Array, jax.Array, Cache | None], layer: jax.Array
+        ) -> tuple[jax.Array, jax.Array, Cache | None]:
+            x, tapped, cache = carry
+            seen_BxTxC = mask_BxTxC & (near_BxTxC | (layer < c.window_from)) if windowed else mask_BxTxC
+            x, ffn_input, cache = block(x, positions_BxT, seen_BxTxC, cache, layer)
             found = ffn_input if tap.kind == "ffn_input" else x
-            return x, jnp.where(layer == tap_index, found, tapped)
+            return x, jnp.where(layer == tap_index, found, tapped), cache
 
-        x_BxTxD, tap_BxTxD = scan_blocks(self.blocks, step, (x_BxTxD, jnp.zeros_like(x_BxTxD)), remat)
-        return self.norm(x_BxTxD), tap_BxTxD
+        carry = (x_BxTxD, jnp.zeros_like(x_BxTxD), cache)
+        x_BxTxD, tap_BxTxD, cache = scan_blocks(self.blocks, step, carry, remat)
+        return self.norm(x_BxTxD), tap_BxTxD, cache
 
     def head_kernel(self) -> jax.Array:
         """The output projection, [D, V]."""

@@ -56,9 +56,9 @@ def _sample(
         "row": row,
         "context": vocabulary.decode(tokens[-_SHOWN_TOKENS:]),
         "next": vocabulary.piece(int(stream.labels(row, row + 1)[0])),
-        "base": top(said.base_V),
-        "memory": top(said.memory_V),
-        "mixture": top(said.mixture_V),
+        "base": top(said.base_NxV),
+        "memory": top(said.memory_NxV),
+        "mixture": top(said.mixture_NxV),
     }
     if (neighbors := systems.neighbors) is not None:
         tap, _ = systems.base.taps_and_log_probs(stream, [(row, row + 1)])

@@ -17,7 +17,7 @@ from mlp_memory.decoder.score import RowReader
 from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.decoder.windows import Ranges, cut, read
 from mlp_memory.index.exact import exact_search
-from mlp_memory.inference.next_token import Predictor
+from mlp_memory.inference.next_token import Mixture, Predictor
 from mlp_memory.memory.mlp import Memory
 from mlp_memory.memory.score import memory_log_probs
 from mlp_memory.targets.knn import knn_log_prob
@@ -83,7 +83,7 @@ class Systems:
 
     def predictor(self, weight: float, embed: EmbedConfig) -> Predictor:
         """Base and memory at one λ, over the whole vocabulary."""
-        return Predictor(self.decoder, self.memory, weight, embed.tap, embed.context)
+        return Predictor(Mixture(self.decoder, self.memory, weight, embed.tap), embed.context)
 
 
 def arrays_of(

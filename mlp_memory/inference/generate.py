@@ -1,43 +1,144 @@
-"""Continues a prompt token by token."""
+"""Continues prompts token by token: one compiled step with a cache, batches of different lengths."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from mlp_memory.decoder.transformer import Cache
 from mlp_memory.inference.config import GenerateConfig
-from mlp_memory.inference.next_token import Predictor
+from mlp_memory.inference.next_token import Mixture
+from mlp_memory.inference.prompts import packed, rounded, seen_tokens
+from mlp_memory.inference.sampling import Filters, Numbers, draw
 
 
-def sampling_probs(log_prob_V: np.ndarray, config: GenerateConfig) -> np.ndarray:
-    """The distribution that is drawn from, [V] float64: tempered, cut to top-k and top-p.
+class State(NamedTuple):
+    """Where the rows of a batch stand between two steps.
 
-    Temperature 0 puts all mass on the most likely token (the smallest id of equals).
+    Attributes:
+      cache: of every position before the token.
+      token_B: drawn last, and not yet read.
+      position_B: where it stands in its row.
+      drawn: tokens drawn so far, int32.
+      seen_BxV: tokens of each row's text; None without a repetition penalty.
+      keys_B: random keys of the rows.
     """
-    if config.temperature == 0:
-        probs = np.zeros(len(log_prob_V))
-        probs[int(np.argmax(log_prob_V))] = 1.0
-        return probs
-    z = log_prob_V.astype(np.float64) / config.temperature
-    probs = np.exp(z - z.max())
-    order = np.argsort(-probs, kind="stable")
-    keep = np.ones(len(probs), bool)
-    if config.top_k:
-        keep[order[config.top_k :]] = False
-    cumulative = np.cumsum(probs[order] / probs.sum())
-    # The token that crosses top_p stays: at least one token always does.
-    keep[order[1:][cumulative[:-1] >= config.top_p]] = False
-    probs = np.where(keep, probs, 0)
-    return probs / probs.sum()
+
+    cache: Cache | None
+    token_B: jax.Array
+    position_B: jax.Array
+    drawn: jax.Array
+    seen_BxV: jax.Array | None
+    keys_B: jax.Array
 
 
-def generate(predictor: Predictor, prompt: list[int], eos: int, config: GenerateConfig) -> Iterator[int]:
-    """Token ids after the prompt, until `eos` (not yielded) or `max_tokens`."""
-    rng = np.random.default_rng(config.seed)
-    tokens = list(prompt)
-    for _ in range(config.max_tokens):
-        probs = sampling_probs(predictor(tokens).mixture_V, config)
-        token = int(rng.choice(len(probs), p=probs))
-        if token == eos:
+class Steps:
+    """The two compiled programs of decoding: the prompts at once, then a token of each row at a time.
+
+    Args:
+      mixture: the model.
+      filters: of the draws.
+    """
+
+    def __init__(self, mixture: Mixture, filters: Filters):
+        self.mixture, self.filters = mixture, filters
+        self._begin = jax.jit(self._prefill, static_argnames="capacity")
+        self._advance = jax.jit(self._step, donate_argnums=1)
+
+    def begin(self, prompts: list[list[int]], config: GenerateConfig) -> State:
+        """Reads the prompts and draws each row's first token."""
+        tokens_BxT, lengths_B = packed(prompts)
+        capacity = rounded(lengths_B.max() + config.max_tokens)
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), np.arange(len(prompts)))
+        arrays = (tokens_BxT, lengths_B, keys_B, Numbers.of(config))
+        return self._begin(self.mixture.parameters, *arrays, capacity=capacity)
+
+    def advance(self, state: State, numbers: Numbers) -> State:
+        """Reads each row's token and draws the next; the state's cache is used up."""
+        return self._advance(self.mixture.parameters, state.cache, state._replace(cache=None), numbers)
+
+    def _prefill(
+        self,
+        parameters: dict[str, Any],
+        tokens_BxT: jax.Array,
+        lengths_B: jax.Array,
+        keys_B: jax.Array,
+        numbers: Numbers,
+        capacity: int,
+    ) -> State:
+        hidden, tapped, cache = self.mixture.prompt(parameters, tokens_BxT, lengths_B, capacity)
+        seen_BxV = None
+        if self.filters.penalty:
+            seen_BxV = seen_tokens(tokens_BxT, lengths_B, self.mixture.config.vocab_size)
+        state = State(cache, lengths_B, lengths_B - 1, jnp.int32(0), seen_BxV, keys_B)
+        return self._drawn(parameters, state, hidden, tapped, numbers)
+
+    def _step(self, parameters: dict[str, Any], cache: Cache, state: State, numbers: Numbers) -> State:
+        tokens_Bx1, positions_Bx1 = state.token_B[:, None], state.position_B[:, None]
+        hidden, tapped, cache = self.mixture.extend(parameters, tokens_Bx1, positions_Bx1, cache)
+        state = state._replace(cache=cache)
+        return self._drawn(parameters, state, hidden[:, 0], tapped[:, 0], numbers)
+
+    def _drawn(
+        self,
+        parameters: dict[str, Any],
+        state: State,
+        hidden_BxD: jax.Array,
+        tap_BxD: jax.Array,
+        numbers: Numbers,
+    ) -> State:
+        log_prob_BxV = self.mixture.next_token(parameters, hidden_BxD, tap_BxD).mixture_NxV
+        return drawn(state, log_prob_BxV, self.filters, numbers)
+
+
+def drawn(state: State, log_prob_BxV: jax.Array, filters: Filters, numbers: Numbers) -> State:
+    """The state after a token of each row has been drawn from these distributions."""
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.drawn)
+    token_B = draw(log_prob_BxV, state.seen_BxV, filters, numbers, keys_B)
+    rows_B = jnp.arange(len(token_B))
+    seen_BxV = None if state.seen_BxV is None else state.seen_BxV.at[rows_B, token_B].set(True)
+    return state._replace(
+        token_B=token_B,
+        position_B=state.position_B + 1,
+        drawn=state.drawn + 1,
+        seen_BxV=seen_BxV,
+    )
+
+
+def generate(
+    model: Steps,
+    prompts: list[list[int]],
+    eos: int,
+    config: GenerateConfig,
+    stops: Callable[[int, list[int]], bool] = lambda row, tokens: False,
+) -> Iterator[list[tuple[int, int]]]:
+    """Continues prompts, a step at a time, until every row has ended.
+
+    Args:
+      model: the programs, of `config`'s filters.
+      prompts: token ids, at least one each.
+      eos: ends a row; it is not given out.
+      config: how tokens are drawn.
+      stops: told (row, its new tokens so far) after each token; True ends the row.
+
+    Yields:
+      The step's (row, token) of every row still going on.
+    """
+    texts: list[list[int]] = [[] for _ in prompts]
+    going, numbers = set(range(len(prompts))), Numbers.of(config)
+    state = model.begin(prompts, config)
+    for count in range(config.max_tokens):
+        token_B = state.token_B
+        if count + 1 < config.max_tokens:
+            # The device begins the next step before this one's tokens are read: neither waits for the other.
+            state = model.advance(state, numbers)
+        said_B = np.asarray(token_B)
+        found = [(row, int(said_B[row])) for row in sorted(going) if said_B[row] != eos]
+        for row, token in found:
+            texts[row].append(token)
+        going = {row for row, _ in found if not stops(row, texts[row])}
+        yield found
+        if not going:
             return
-        tokens.append(token)
-        yield token

@@ -24,10 +24,8 @@ from mlp_memory.training.loop import Task, compute_dtype, train
 from mlp_memory.training.sparse_head import label_log_prob
 
 
-def mixture_log_prob(memory_N: jax.Array, base_N: jax.Array, weight: float) -> jax.Array:
-    """log(λ·p_M + (1 − λ)·p_LM) from the two log-probabilities of the same tokens."""
-    if weight <= 0:
-        return base_N
+def mixture_log_prob(memory_N: jax.Array, base_N: jax.Array, weight: jax.Array | float) -> jax.Array:
+    """log(λ·p_M + (1 − λ)·p_LM) from the two log-probabilities of the same tokens; λ for all or for each."""
     return jnp.logaddexp(jnp.log(weight) + memory_N, jnp.log1p(-weight) + base_N)
 
 

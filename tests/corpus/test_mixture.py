@@ -235,7 +235,7 @@ def test_what_is_wrong_with_a_part_names_the_part(tmp_path, parts, content, word
 def test_a_mixture_in_gin_is_the_one_in_python_and_survives_its_saved_config(tmp_path, write_jsonl):
     import gin
 
-    from mlp_memory.__main__ import load_config
+    from mlp_memory.recipes import load_config
 
     path = write_jsonl(tmp_path / "a.jsonl", ["x"])
     recipe = tmp_path / "mix.gin"

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mlp_memory.__main__ import load_config
 from mlp_memory.artifacts import Directory
 from mlp_memory.dry_run import resolved_shapes, shapes_table
 from mlp_memory.parallel.chips import find_topology
+from mlp_memory.recipes import load_config
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = sorted((REPOSITORY / "gin_configs").rglob("*.gin"))

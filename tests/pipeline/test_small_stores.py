@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[2]
 # In one process, which saves three starts of Python per kind of store.
 PROGRAM = """
 import sys
-from mlp_memory.__main__ import load_config
+from mlp_memory.recipes import load_config
 from mlp_memory.artifacts import Directory
 from mlp_memory.job import Job
 from mlp_memory.pipeline import find_stage
