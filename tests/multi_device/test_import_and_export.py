@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).with_name("import_on_meshes.py")
-MESHES = ["fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"]
+MESHES = ["fsdp=8", "data=2,fsdp=2,tensor=2"]
 
 
 def start(sources: Path, output: Path, devices: int, *meshes: str) -> subprocess.Popen:

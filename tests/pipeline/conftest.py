@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import resource
@@ -6,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -107,10 +110,36 @@ def start_command():
     return start
 
 
+@contextlib.contextmanager
+def made_once(folder: Path) -> Iterator[bool]:
+    """Whether `folder` is still to be made; other processes of the same test run wait until it is."""
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = folder.with_suffix(".done")
+        yield not done.exists()
+        done.touch()
+
+
 @pytest.fixture(scope="session")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all processes of a test run have."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent
+
+
+@pytest.fixture(scope="session")
+def recipe(shared: Path) -> Path:
     """A gin file of a run that takes seconds, over documents of random words."""
-    folder, rng = tmp_path_factory.mktemp("recipe"), np.random.default_rng(0)
+    folder = shared / "recipe"
+    with made_once(folder) as missing:
+        if missing:
+            folder.mkdir()
+            _write_recipe(folder)
+    return folder / "tiny.gin"
+
+
+def _write_recipe(folder: Path) -> None:
+    rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefghijklmnop"), rng.integers(2, 7))) for _ in range(120)]
     with (folder / "train.jsonl").open("w") as file:
         for _ in range(60):
@@ -118,15 +147,16 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
             text = " ".join(rng.choice(topic if rng.random() < 0.7 else words) for _ in range(60))
             file.write(json.dumps({"text": f"{text}."}) + "\n")
     (folder / "tiny.gin").write_text(RECIPE.format(text=folder / "train.jsonl"))
-    return folder / "tiny.gin"
 
 
 @pytest.fixture(scope="session")
-def small_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_run(recipe: Path, shared: Path) -> Path:
     """The workdir of a finished run; tests that change something take `workdir`."""
-    folder = tmp_path_factory.mktemp("small_run") / "workdir"
-    answer = command("run", f"--workdir={folder}", f"--gin_file={recipe}")
-    assert answer.code == 0, answer.error
+    folder = shared / "small_run"
+    with made_once(folder) as missing:
+        if missing:
+            answer = command("run", f"--workdir={folder}", f"--gin_file={recipe}")
+            assert answer.code == 0, answer.error
     return folder
 
 

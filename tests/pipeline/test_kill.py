@@ -21,7 +21,7 @@ MOMENTS = [
     "reports/rows/test/chunks/*",
     "export/decoder/*",
 ]
-KILLS = 6
+KILLS = 4
 
 
 def compared(folder: Path) -> dict[str, bytes]:
