@@ -82,7 +82,7 @@ class LanguageModel:
         yield text.rest()
 
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
-        """log p(continuation | context) of each pair (context, continuation); together they begin a document."""
+        """log p(continuation | context) of each (context, continuation); both together begin a document."""
         counts, sequences = [], []
         for context, continuation in pairs:
             whole = self._encoded(context + continuation)

@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from mlp_memory.artifacts import Directory, peek
+import mlp_memory as mlp_memory_package
+from mlp_memory.artifacts import Directory, UserError, peek
 from mlp_memory.decoder.pretrain import load_decoder
 from mlp_memory.interchange.source import load, open_source
 from mlp_memory.memory.distill import load_memory
@@ -103,13 +104,56 @@ def test_text_goes_on_from_the_prompt_and_repeats(small_run, mlp_memory):
         assert answer.code == 0, answer.error
         return answer.out
 
-    base, memory, both = (generate(model) for model in ("base", "base_plus_memory", "both"))
-    assert base.startswith("[base] abc def")
-    assert len(base.strip()) > len("[base] abc def")
-    assert both.split() == (base + memory).split()
-    assert generate("joint").startswith("[joint] abc def")
-    drawn = [generate("joint", "generate.temperature=1.0", f"generate.seed={seed}") for seed in (3, 3, 4)]
+    both = generate("both")
+    assert both.startswith("[base] abc def")
+    for name in ("base", "base_plus_memory"):
+        said = mlp_memory_package.load(str(small_run), name).generate("abc def", max_tokens=6)
+        assert said
+        assert f"[{name}] abc def{said}".split() == re.search(rf"\[{name}\][^\[]*", both).group().split()
+    drawn = [generate("joint", "generate.temperature=1.0", f"generate.seed={seed}") for seed in (3, 3)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0].startswith("[joint] abc def")
+
+
+@pytest.fixture(scope="module")
+def model(small_run):
+    return mlp_memory_package.load(str(small_run))
+
+
+def test_a_batch_says_what_each_prompt_says_alone_and_a_stream_says_it_piece_by_piece(model):
+    prompts = ["abc def", "", "a longer beginning of a text"]
+    texts = model.generate(prompts, max_tokens=9)
+    assert texts == [model.generate(prompt, max_tokens=9) for prompt in prompts]
+    assert "".join(model.stream(prompts[2], max_tokens=9)) == texts[2]
+    ended = model.generate(prompts, max_tokens=9, stop=texts[0][2:4])
+    assert ended[0] == texts[0][: texts[0].index(texts[0][2:4])]
+    assert model.generate([]) == []
+
+
+def test_seeds_repeat_and_differ(model):
+    drawn = [model.generate("abc", temperature=1.0, seed=seed) for seed in (3, 3, 4)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_likelier_continuation_scores_higher_and_parts_add_up(model):
+    said = model.generate("abc def", max_tokens=4)
+    best, other = model.log_likelihoods([("abc def", said), ("abc def", "zq zq zq")])
+    assert best.log_prob / best.tokens > other.log_prob / other.tokens
+    whole, beginning = model.score(["abc def ghi", "abc def"])
+    rest = model.log_likelihoods([("abc def", " ghi")])[0]
+    assert whole.tokens == beginning.tokens + rest.tokens
+    assert whole.log_prob == pytest.approx(beginning.log_prob + rest.log_prob, rel=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"model": "other"}, {"interpolation": 1.5}])
+def test_what_cannot_be_loaded_is_told(small_run, wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        mlp_memory_package.load(str(small_run), **wrong)
+
+
+def test_a_setting_that_there_is_not_is_told_with_those_there_are(model):
+    with pytest.raises(UserError, match="max_tokens, temperature"):
+        model.generate("abc", heat=2)
 
 
 @pytest.mark.parametrize("name", ["decoder", "memory", "joint"])
