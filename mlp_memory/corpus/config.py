@@ -98,6 +98,11 @@ class SourceConfig:
             raise UserError(f"tfds_download = {self.tfds_download!r}: give True or False")
 
     @property
+    def sources(self) -> "dict[str, SourceConfig]":
+        """What documents are read from, by name: itself under ""."""
+        return {"": self}
+
+    @property
     def word_count(self) -> str:
         """How words are counted (see `split.count_words`): "wikitext" or "whitespace"."""
         return "wikitext" if self.source == "wikitext" else "whitespace"
@@ -128,6 +133,8 @@ class CorpusConfig(SourceConfig):
       source: also "mixture", whose parts have files and held-out fractions of their own;
         here only `fraction` then counts, on top of theirs.
       parts: of a mixture, by name.
+      elsewhere: texts of other kinds, by name, that nothing is trained on: a gate can be told of them
+        (`gate.guards`), and evaluation scores them. All documents of all their files are taken.
       vocab_size: pieces of the trained vocabulary, special ones counted; not used with
         vocab_file.
       vocab_file: a tokenizer to take over: a tokenizer.json, a SentencePiece model, GPT-2's
@@ -144,6 +151,8 @@ class CorpusConfig(SourceConfig):
     """
 
     parts: dict[str, PartConfig] = dataclasses.field(default_factory=dict)
+    # Each is an artifact of its own, so that one more changes nothing that is there.
+    elsewhere: dict[str, PartConfig] = dataclasses.field(default_factory=dict, metadata={"runtime": True})
     vocab_size: int = 4096
     vocab_file: str | None = None
     bos: str | None = None
@@ -156,7 +165,13 @@ class CorpusConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "parts", _as_parts(self.parts))
+        object.__setattr__(self, "parts", _as_parts("parts", self.parts))
+        object.__setattr__(self, "elsewhere", _as_parts("elsewhere", self.elsewhere))
+        for name, part in self.elsewhere.items():
+            if name in (*SPLITS, "vocabulary"):
+                raise UserError(f"elsewhere {name!r}: the corpus has a {name} of its own, give another name")
+            if part.rate is not None:
+                raise UserError(f"elsewhere {name!r} has a rate: use fraction, all its documents stand alone")
         if self.source == MIXTURE and not self.parts:
             raise UserError("source 'mixture' needs parts: give {'books': @books/part(), ...}")
         if self.source != MIXTURE and self.parts:
@@ -181,15 +196,15 @@ class CorpusConfig(SourceConfig):
     @property
     def sources(self) -> dict[str, SourceConfig]:
         """What documents are read from, by name: a mixture's parts, else itself under ""."""
-        return dict(self.parts) if self.source == MIXTURE else {"": self}
+        return dict(self.parts) if self.source == MIXTURE else super().sources
 
 
-def _as_parts(parts: Any) -> dict[str, PartConfig]:
+def _as_parts(setting: str, parts: Any) -> dict[str, PartConfig]:
     """Parts in the order of their names, which is the only one that JSON and gin both keep."""
     if parts is None:
         return {}
     if not isinstance(parts, Mapping) or not all(isinstance(p, PartConfig) for p in parts.values()):
-        raise UserError(f"parts = {parts!r}: give {{'books': @books/part(), ...}}")
+        raise UserError(f"{setting} = {parts!r}: give {{'books': @books/part(), ...}}")
     for name in parts:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
             raise UserError(f"part {name!r}: name it with letters, digits, '_', '-' and '.' only")

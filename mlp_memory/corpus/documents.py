@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from mlp_memory.artifacts import UserError, first_line
 from mlp_memory.corpus import arrow, python_docs, tfds, wikitext
-from mlp_memory.corpus.config import SPLITS, CorpusConfig, SourceConfig
+from mlp_memory.corpus.config import SPLITS, SourceConfig
 
 _PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
@@ -26,7 +26,7 @@ Files = dict[str, list[Path | str]]
 after "NAME/" for a mixture's part."""
 
 
-def input_files(config: CorpusConfig) -> Files:
+def input_files(config: SourceConfig) -> Files:
     """The files of each group, globs and folders resolved, in reading order.
 
     Raises:
@@ -50,22 +50,22 @@ def input_files(config: CorpusConfig) -> Files:
 
 
 def files_of_source(files: Files, name: str) -> Files:
-    """The files of one of `CorpusConfig.sources`, by group."""
+    """The files of one of `SourceConfig.sources`, by group."""
     return {group: files[f"{name}/{group}" if name else group] for group in SPLITS}
 
 
 @contextlib.contextmanager
-def naming_part(name: str) -> Iterator[None]:
-    """Says which of a mixture's parts a `UserError` is about; "" is the corpus itself."""
+def naming_part(name: str, setting: str = "parts") -> Iterator[None]:
+    """Says which of a mixture's parts or texts elsewhere a `UserError` is about; "" is the corpus itself."""
     try:
         yield
     except UserError as error:
         if not name:
             raise
-        raise UserError(f'corpus.parts["{name}"]: {error}') from error
+        raise UserError(f'corpus.{setting}["{name}"]: {error}') from error
 
 
-def fingerprints(config: CorpusConfig, files: Files) -> dict[str, str]:
+def fingerprints(config: SourceConfig, files: Files) -> dict[str, str]:
     """What the texts come from: each file's sha256, and the version of Python where it is read.
 
     Raises:

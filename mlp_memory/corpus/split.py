@@ -96,6 +96,35 @@ def _read_source(name: str, source: SourceConfig, files: Files, split: str, frac
                     yield text
 
 
+def read_whole(source: SourceConfig, files: Files) -> Iterator[str]:
+    """Every text of all of a source's files in a fixed order, or the `fraction` of them that a hash keeps.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    for group in SPLITS:
+        # What reads no files has its documents in one group.
+        if files[group] or (group == "train" and not source.train_files):
+            for text in read_group(source, files, group):
+                sha256 = hashlib.sha256(text.encode()).digest()
+                if text and unit_hash("fraction", sha256) < source.fraction:
+                    yield text
+
+
+def count_whole(source: SourceConfig, files: Files) -> "SplitFacts":
+    """Counts over `read_whole`'s texts; train is not searched for them.
+
+    Raises:
+      UserError: a file cannot be read, or there is no text.
+    """
+    facts = SplitFacts(word_count=source.word_count, duplicated_documents=None, parts={"": PartFacts()})
+    for text in read_whole(source, files):
+        _count(text, "", "", source.word_count, {"": facts})
+    if not facts.documents:
+        raise UserError("no document with text: give files that hold text, or a larger fraction")
+    return facts
+
+
 def interleave(texts: Mapping[str, Iterator[str]], sizes: Mapping[str, int]) -> Iterator[str]:
     """Texts of all iterators, so that each is read through in proportion to its size all along.
 
@@ -150,7 +179,8 @@ class SplitFacts:
       word_count: how they are counted (see `count_words`); both ways, joined by "+", where a
         mixture's parts differ.
       bytes: of the texts in UTF-8.
-      duplicated_documents: of validation or test, whose exact text is in train too.
+      duplicated_documents: of validation or test, whose exact text is in train too; None where train
+        was not searched.
       parts: by name; "" is the only one where the corpus is no mixture.
     """
 
@@ -159,7 +189,7 @@ class SplitFacts:
     words: int = 0
     word_count: str = "whitespace"
     bytes: int = 0
-    duplicated_documents: int = 0
+    duplicated_documents: int | None = 0
     parts: dict[str, PartFacts] = dataclasses.field(default_factory=dict)
 
 

@@ -8,7 +8,7 @@ too, and only the eos row has no next token.
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ from mlp_memory import artifacts
 from mlp_memory.arrays import ChunkWriter
 from mlp_memory.artifacts import ArraySpec, Directory, Manifest, UserError
 from mlp_memory.corpus import units, vocabulary_files, vocabulary_training
-from mlp_memory.corpus.config import SPLITS, CorpusConfig
-from mlp_memory.corpus.documents import Files, file_sha256, fingerprints, input_files
-from mlp_memory.corpus.split import SplitFacts, read_split, scan
+from mlp_memory.corpus.config import SPLITS, CorpusConfig, PartConfig
+from mlp_memory.corpus.documents import Files, file_sha256, fingerprints, input_files, naming_part
+from mlp_memory.corpus.split import SplitFacts, count_whole, read_split, read_whole, scan
 from mlp_memory.corpus.stream import BOUNDS_NAME, KIND, TokenStream
 from mlp_memory.corpus.vocabulary import KIND as VOCABULARY_KIND
 from mlp_memory.corpus.vocabulary import Vocabulary
@@ -28,18 +28,18 @@ from mlp_memory.corpus.vocabulary_files import SENTENCEPIECE
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """What every part of the corpus is made from; `settings` is what its manifest records."""
+    """What parts of the corpus are made from; `settings` is what their manifests record."""
 
     config: CorpusConfig
     settings: dict[str, Any]
-    files: Files
     facts: dict[str, SplitFacts]
+    texts: Callable[[str], Iterator[str]]
 
 
 def tokenize(
     directory: Directory, config: CorpusConfig, tokenizer: Mapping[str, bytes] | None = None
 ) -> None:
-    """Writes `vocabulary`, `train`, `validation` and `test` under `directory`, as far as they are missing.
+    """Writes `vocabulary`, `train`, `validation`, `test` and the texts elsewhere, as far as they are missing.
 
     The bytes depend on the texts and the config alone, however often the work was
     interrupted. A part that is unfinished or damaged is made again.
@@ -53,6 +53,15 @@ def tokenize(
     Raises:
       UserError: bad input, or `directory` holds a corpus of another config or other texts.
     """
+    _tokenize_splits(directory, config, tokenizer)
+    for name, source in config.elsewhere.items():
+        with naming_part(name, "elsewhere"):
+            _tokenize_elsewhere(directory, name, config, source)
+
+
+def _tokenize_splits(
+    directory: Directory, config: CorpusConfig, tokenizer: Mapping[str, bytes] | None
+) -> None:
     found = {name: artifacts.peek(directory / name) for name in ("vocabulary", *SPLITS)}
     _require_same(directory, found, _settings(config, tokenizer))
     missing = [name for name, manifest in found.items() if not _is_whole(directory / name, manifest)]
@@ -68,13 +77,39 @@ def tokenize(
         given = Vocabulary(tokenizer, "the tokenizer of pretrained.source", "", *_borders(config))
     settings = _settings(config, tokenizer) | {"inputs": _inputs(config, files)}
     _require_same(directory, found, settings)
-    work = _Work(config, settings, files, scan(config, files))
+    facts = scan(config, files)
+    work = _Work(config, settings, facts, lambda split: read_split(config, files, split, facts))
     if "vocabulary" in missing:
         _write_vocabulary(directory / "vocabulary", work, given)
     vocabulary = Vocabulary.load(directory / "vocabulary")
     for split in SPLITS:
         if split in missing:
             _write_split(directory, work, vocabulary, split)
+
+
+def _tokenize_elsewhere(directory: Directory, name: str, config: CorpusConfig, source: PartConfig) -> None:
+    vocabulary, made = Vocabulary.load(directory / "vocabulary"), artifacts.peek(directory / name)
+    if _is_whole(directory / name, made) and made.parents == {"vocabulary": vocabulary.fingerprint}:
+        _require_same_elsewhere(directory / name, source)
+        return
+    files = input_files(source)
+    settings = {**artifacts.config_dict(source), "inputs": fingerprints(source, files)}
+    facts = {name: count_whole(source, files)}
+    work = _Work(config, settings, facts, lambda _: read_whole(source, files))
+    _write_split(directory, work, vocabulary, name)
+
+
+def _require_same_elsewhere(directory: Directory, source: PartConfig) -> None:
+    """Raises `UserError` where a whole text elsewhere was made otherwise, or its files have changed since."""
+    try:
+        inputs = fingerprints(source, input_files(source))
+    except UserError:  # it outlives its input
+        inputs = None
+    manifest = artifacts.peek(directory)
+    if source.source == "python_docs" or inputs is None:
+        inputs = manifest.config.get("inputs")
+    settings = {**artifacts.config_dict(source), "inputs": inputs}
+    artifacts.require_same(directory, manifest, Manifest(manifest.kind, settings, manifest.parents))
 
 
 def require_same_corpus(
@@ -84,6 +119,10 @@ def require_same_corpus(
     found = {name: artifacts.peek(directory / name) for name in ("vocabulary", *SPLITS)}
     _require_same(directory, found, _settings(config, tokenizer))
     _require_same_inputs(directory, found, config, tokenizer)
+    for name, source in config.elsewhere.items():
+        if (made := artifacts.peek(directory / name)) is not None and made.finished:
+            with naming_part(name, "elsewhere"):
+                _require_same_elsewhere(directory / name, source)
 
 
 def _settings(config: CorpusConfig, tokenizer: Mapping[str, bytes] | None) -> dict[str, Any]:
@@ -144,8 +183,9 @@ def _inputs(config: CorpusConfig, files: Files) -> dict[str, str]:
 
 def _write_vocabulary(directory: Directory, work: _Work, given: Vocabulary | None) -> None:
     if given is None:
-        train = read_split(work.config, work.files, "train", work.facts)
-        model = vocabulary_training.train(train, work.facts["train"].bytes, work.config.vocab_size)
+        model = vocabulary_training.train(
+            work.texts("train"), work.facts["train"].bytes, work.config.vocab_size
+        )
         given = Vocabulary({SENTENCEPIECE: model}, "the trained vocabulary", "", *_borders(work.config))
     directory.delete()
     given.save(directory, work.settings)
@@ -159,9 +199,13 @@ def _write_split(directory: Directory, work: _Work, vocabulary: Vocabulary, spli
     parents, facts = {"vocabulary": vocabulary.fingerprint}, work.facts[split]
     _clear(directory / split, parents)
     dtype = np.dtype("<u2" if vocabulary.size <= 1 << 16 else "<u4")
-    texts = read_split(work.config, work.files, split, work.facts)
     encoded = units.encode_split(
-        directory / split, directory / "vocabulary", texts, facts.bytes, dtype, work.config.workers
+        directory / split,
+        directory / "vocabulary",
+        work.texts(split),
+        facts.bytes,
+        dtype,
+        work.config.workers,
     )
     lengths_D = np.concatenate([unit.lengths_D for unit in encoded]) if encoded else np.zeros(0, np.int64)
     if len(lengths_D) != facts.documents:
