@@ -16,14 +16,15 @@ __version__ = "0.1.0"
 
 
 def load(
-    workdir: str, model: str = "base_plus_memory", interpolation: float | None = None
+    workdir: str, model: str = "base_plus_memory", interpolation: float | str | None = None
 ) -> "LanguageModel":
     """The models of a workdir as one that continues and scores texts.
 
     Args:
       workdir: a folder, gs:// or s3://, that `run` has filled.
       model: "base", "base_plus_memory" or "joint".
-      interpolation: λ, the memory's share; None for the best on validation.
+      interpolation: λ, the memory's share; None for the best on validation, "gate" for a share of
+        each token's own.
 
     Raises:
       mlp_memory.artifacts.UserError: something is missing, damaged or impossible.

@@ -99,12 +99,17 @@ def _parser() -> argparse.ArgumentParser:
             )
             command.add_argument(
                 "--interpolation",
-                type=float,
+                type=_interpolation,
                 metavar="LAMBDA",
-                help="the memory's share; the best on validation if left out",
+                help="the memory's share, or gate: a share of each token's own; "
+                "the best on validation if left out",
             )
     _add_plan(stages)
     return parser
+
+
+def _interpolation(text: str) -> float | str:
+    return text if text == "gate" else float(text)
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from mlp_memory.evaluation.config import EvaluateConfig
 from mlp_memory.index.config import IndexConfig
 from mlp_memory.inference.config import GenerateConfig
 from mlp_memory.interchange.config import PretrainedConfig
-from mlp_memory.joint.config import JointConfig
+from mlp_memory.joint.config import GateConfig, JointConfig
 from mlp_memory.memory.config import DistillConfig, MemoryConfig
 from mlp_memory.parallel.config import FleetConfig, HostsConfig, MeshConfig
 from mlp_memory.targets.config import RetrieveConfig
@@ -46,6 +46,7 @@ class Config:
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     joint: JointConfig = dataclasses.field(default_factory=JointConfig)
+    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     baseline: BaselineConfig = dataclasses.field(default_factory=BaselineConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
@@ -56,6 +57,10 @@ class Config:
     def __post_init__(self):
         if not self.pretrained.source:  # an imported decoder's shape is known once it is opened
             self.check_decoder(self.decoder)
+        for name in self.gate.guards:
+            if name not in self.corpus.elsewhere:
+                known = ", ".join(self.corpus.elsewhere) or "none"
+                raise UserError(f"gate.guards names {name!r}, corpus.elsewhere has {known}: add it there")
 
     def check_decoder(self, decoder: DecoderConfig) -> None:
         """Raises `UserError` where a section asks for more than the decoder has."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlp_memory.decoder.score import RowReader
     from mlp_memory.decoder.transformer import Decoder
     from mlp_memory.interchange.source import Source
+    from mlp_memory.joint.gate import Gate
     from mlp_memory.memory.distill import ValidationRows
     from mlp_memory.memory.mlp import Memory
     from mlp_memory.memory.states import States
@@ -33,7 +34,9 @@ MADE_BY = {
     "index": "index",
     "targets": "retrieve",
     "memory": "distill",
+    "gate": "gate",
     "joint": "joint",
+    "joint_gate": "joint_gate",
     "baseline": "baseline",
     "reports": "evaluate",
     "export": "export",
@@ -266,6 +269,15 @@ class Job:
         from mlp_memory.memory.distill import load_memory
 
         return load_memory(self.workdir / "memory", self.mesh, self.made_by("memory"))
+
+    def gate(self, name: str = "gate") -> "Gate | None":
+        """The gate of decoder and memory, or "joint_gate" after joint training; None where there is none."""
+        from mlp_memory.joint.gate import load_gate
+
+        if artifacts.peek(self.workdir / name) is None:
+            return None
+        self.manifest(name)
+        return load_gate(self.workdir / name, name, self.decoder_config.dim)
 
     def row_reader(self, stage: str = "pretrain") -> "RowReader":
         """Reads rows through the decoder of a stage as the datastore's rows are read."""

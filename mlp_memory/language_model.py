@@ -132,13 +132,13 @@ class LanguageModel:
         return self._programs[key]
 
 
-def language_model(job: "Job", model: str, interpolation: float | None = None) -> LanguageModel:
+def language_model(job: "Job", model: str, interpolation: float | str | None = None) -> LanguageModel:
     """A workdir's decoder, with its memory where `model` says so.
 
     Args:
       job: the workdir.
       model: "base", "base_plus_memory" or "joint".
-      interpolation: λ; None for the best on validation.
+      interpolation: λ; None for the best on validation, "gate" for the λ of each token.
 
     Raises:
       UserError: something is not made yet, or impossible.
@@ -147,14 +147,18 @@ def language_model(job: "Job", model: str, interpolation: float | None = None) -
 
     if model not in MODELS:
         raise UserError(f"model {model!r}: use one of {', '.join(MODELS)}")
-    if interpolation is not None and not 0 <= interpolation < 1:
-        raise UserError(f"interpolation = {interpolation!r}: give a number in [0, 1)")
+    number = isinstance(interpolation, int | float) and 0 <= interpolation < 1
+    if interpolation not in (None, "gate") and not number:
+        raise UserError(f"interpolation = {interpolation!r}: give a number in [0, 1) or 'gate'")
     decoder, made = job.decoder("joint" if model == "joint" else "pretrain")
     memory, weight = None, 0.0
+    stage = "joint_gate" if model == "joint" else "gate"
     if model != "base":
         memory, distilled = job.memory()
         best = (made if model == "joint" else distilled).facts["validation"]["validation_lambda"]
         weight = best if interpolation is None else interpolation
+        if interpolation == "gate" and (weight := job.gate(stage)) is None:
+            raise UserError(f"interpolation 'gate': there is none, run {stage} first (gate.enabled = True)")
     embed = job.embed_config
     mixture = Mixture(decoder, memory, weight, embed.tap, compute_dtype("auto"))
     return LanguageModel(mixture, job.vocabulary(), job.config.generate, embed.context)

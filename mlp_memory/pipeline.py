@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mlp_memory import artifacts
 from mlp_memory.artifacts import ArraySpec, Directory, Manifest, UserError, config_dict
 from mlp_memory.config import Config, config_json
+from mlp_memory.corpus.config import SPLITS
 from mlp_memory.job import TOKENIZER, Job
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Stage:
       parents: artifacts it is made from.
       work: makes it.
       wanted: whether a config asks for it.
-      parts: the artifacts inside the folder, where it is not one itself.
+      parts: the artifacts inside the folder under a config, where it is not one itself.
       together: whether all processes of a job do it; process 0 alone if not.
     """
 
@@ -46,7 +47,7 @@ class Stage:
     parents: Callable[[Config], tuple[str, ...]]
     work: Callable[[Job, Directory], None]
     wanted: Callable[[Config], bool] = lambda config: True
-    parts: tuple[str, ...] = ()
+    parts: Callable[[Config], tuple[str, ...]] = lambda config: ()
     together: bool = False
 
     def is_done(self, job: Job) -> bool:
@@ -55,18 +56,19 @@ class Stage:
         Raises:
           UserError: it was made otherwise, a parent changed, or a file is damaged.
         """
-        if self.parts:
+        parts = self.parts(job.config)
+        if parts:
             from mlp_memory.corpus.tokenize import require_same_corpus
 
             require_same_corpus(job.workdir / self.folder, job.config.corpus, job.tokenizer)
-        names = [f"{self.folder}/{part}" for part in self.parts] or [self.folder]
+        names = [f"{self.folder}/{part}" for part in parts] or [self.folder]
         directories = [job.workdir / name for name in names]
         found = [artifacts.peek(directory) for directory in directories]
         for directory, manifest in zip(directories, found):
             if manifest is not None and manifest.finished:
                 artifacts.require(directory, self.name)
                 artifacts.sweep(directory)
-            if manifest is not None and not self.parts:
+            if manifest is not None and not parts:
                 parents = job.fingerprints(*self.parents(job.config))
                 wanted = Manifest(manifest.kind, self.settings(job), parents)
                 artifacts.require_same(directory, manifest, wanted)
@@ -208,6 +210,25 @@ def _joint(job: Job, directory: Directory) -> None:
     )
 
 
+def _gate(job: Job, directory: Directory) -> None:
+    _fit_gate("gate", "pretrain", job, directory)
+
+
+def _joint_gate(job: Job, directory: Directory) -> None:
+    _fit_gate("joint_gate", "joint", job, directory)
+
+
+def _fit_gate(stage: str, decoder: str, job: Job, directory: Directory) -> None:
+    from mlp_memory.joint.gate import fit_gate, gate_facts, held_out
+
+    manifest, config = _begin(stage, "gate", job, directory), job.config.gate
+    reader, memory = job.row_reader(decoder), job.memory()[0]
+    names = ("validation", *config.guards)
+    texts = {name: held_out(reader, memory, job.stream(name), config.rows) for name in names}
+    gate, facts = fit_gate(texts, config)
+    artifacts.finish(directory, manifest, gate=gate_facts(gate), **facts)
+
+
 def _baseline(job: Job, directory: Directory) -> None:
     from mlp_memory.decoder.pretrain import pretrain
 
@@ -225,16 +246,18 @@ def _evaluate(job: Job, directory: Directory) -> None:
     manifest = _begin("evaluate", "report", job, directory)
     trained = {"pretrain": "decoder", "distill": "memory"}
     trained |= {name: name for name in ("joint", "baseline") if find_stage(name).wanted(job.config)}
+    gates = [name for name in ("gate", "joint_gate") if find_stage(name).wanted(job.config)]
     distilled = _distills(job.config)
     facts = {name: job.manifest(folder).facts for name, folder in trained.items()}
-    corpora = {split: job.stream(split) for split in ("validation", "test", "train")}
+    elsewhere = tuple(job.config.corpus.elsewhere)
+    corpora = {split: job.stream(split) for split in ("validation", "test", *elsewhere, "train")}
     certificate = (job.workdir / "targets").read(CERTIFICATE)
     stage.evaluate(
         directory,
         manifest,
         stage.Inputs(
             config=job.config.evaluate,
-            streams={split: corpora[split] for split in ("validation", "test")},
+            streams={split: corpora[split] for split in ("validation", "test", *elsewhere)},
             vocabulary=Vocabulary.load(job.workdir / "corpus/vocabulary"),
             systems=functools.cache(lambda: _systems(job)),
             embed=job.embed_config,
@@ -245,6 +268,7 @@ def _evaluate(job: Job, directory: Directory) -> None:
             settings=config_json(job.config),
             corpus={split: stream.manifest.facts for split, stream in corpora.items()},
             certificate=json.loads(certificate) if certificate else None,
+            gates={name: job.manifest(name).facts for name in gates},
         ),
     )
 
@@ -263,6 +287,8 @@ def _systems(job: Job) -> "Systems":
         baseline=reader("baseline"),
         memory=job.memory()[0],
         neighbors=_neighbors(job) if _distills(job.config) else None,
+        gate=job.gate("gate"),
+        joint_gate=job.gate("joint_gate"),
         mesh=job.mesh,
     )
 
@@ -329,6 +355,10 @@ def _joint_settings(job: Job) -> dict[str, Any]:
     return {"joint": config_dict(job.config.joint), **_read_settings(job)}
 
 
+def _gate_settings(job: Job) -> dict[str, Any]:
+    return {"gate": config_dict(job.config.gate), **_read_settings(job)}
+
+
 def _evaluate_settings(job: Job) -> dict[str, Any]:
     return {"evaluate": config_dict(job.config.evaluate), **_read_settings(job)}
 
@@ -343,19 +373,40 @@ def _distills(config: Config) -> bool:
     return not config.pretrained.memory
 
 
+def _wants_joint(config: Config) -> bool:
+    return _distills(config) if config.joint.enabled is None else config.joint.enabled
+
+
+def _wants_joint_gate(config: Config) -> bool:
+    return config.gate.enabled and _wants_joint(config)
+
+
 def _wants_baseline(config: Config) -> bool:
     return config.baseline.enabled and not config.pretrained.source and _distills(config)
 
 
 def _evaluate_parents(config: Config) -> tuple[str, ...]:
     parents = ["corpus/validation", "corpus/test", "decoder", "memory"]
-    parents += ["index", "targets", "joint"] if _distills(config) else []
+    parents += [f"corpus/{name}" for name in config.corpus.elsewhere]
+    parents += ["index", "targets"] if _distills(config) else []
+    parents += ["joint"] if _wants_joint(config) else []
+    parents += ["gate"] if config.gate.enabled else []
+    parents += ["joint_gate"] if _wants_joint_gate(config) else []
     parents += ["baseline"] if _wants_baseline(config) else []
     return tuple(parents)
 
 
 def _export_parents(config: Config) -> tuple[str, ...]:
-    return ("corpus/vocabulary", "decoder", "memory", *(("joint",) if _distills(config) else ()))
+    return ("corpus/vocabulary", "decoder", "memory", *(("joint",) if _wants_joint(config) else ()))
+
+
+def _gate_parents(decoder: str) -> Callable[[Config], tuple[str, ...]]:
+    """Of a gate for the decoder in that folder."""
+
+    def parents(config: Config) -> tuple[str, ...]:
+        return ("corpus/validation", *(f"corpus/{name}" for name in config.gate.guards), decoder, "memory")
+
+    return parents
 
 
 def _from(*names: str) -> Callable[[Config], tuple[str, ...]]:
@@ -370,7 +421,7 @@ STAGES: tuple[Stage, ...] = (
         lambda job: config_dict(job.config.corpus),
         _from(),
         _tokenize,
-        parts=("vocabulary", "train", "validation", "test"),
+        parts=lambda config: ("vocabulary", *SPLITS, *config.corpus.elsewhere),
     ),
     Stage(
         "import",
@@ -440,14 +491,32 @@ STAGES: tuple[Stage, ...] = (
         together=True,
     ),
     Stage(
+        "gate",
+        "gate",
+        "fit how much of the memory to take at each token",
+        _gate_settings,
+        _gate_parents("decoder"),
+        _gate,
+        wanted=lambda config: config.gate.enabled,
+    ),
+    Stage(
         "joint",
         "joint",
         "train the decoder on, memory frozen",
         _joint_settings,
         _from("corpus/train", "corpus/validation", "decoder", "memory"),
         _joint,
-        wanted=_distills,
+        wanted=_wants_joint,
         together=True,
+    ),
+    Stage(
+        "joint_gate",
+        "joint_gate",
+        "the same after joint training",
+        _gate_settings,
+        _gate_parents("joint"),
+        _joint_gate,
+        wanted=_wants_joint_gate,
     ),
     Stage(
         "baseline",

@@ -80,11 +80,11 @@ def _state(job: Job, stage: Stage) -> str:
     except UserError as error:
         return f"not usable: {error}"
     directory = job.workdir / stage.folder
-    parts = [directory / part for part in stage.parts] or [directory]
+    parts = [directory / part for part in stage.parts(job.config)] or [directory]
     found = [artifacts.peek(part) for part in parts]
     if not any(found):
         return "missing"
-    if stage.parts:
+    if stage.parts(job.config):
         return f"unfinished: {sum(m is not None and m.finished for m in found)} of {len(parts)} parts"
     names = directory.names()
     if found[0].arrays:

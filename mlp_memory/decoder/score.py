@@ -1,6 +1,8 @@
 """Reads a stream through a decoder: for each row its tapped state and log p(next token)."""
 
+import operator
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,18 @@ from mlp_memory.decoder.config import Tap
 from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.decoder.windows import Ranges, Window, WindowPlan, window_arrays
 from mlp_memory.parallel.sharding import place_whole_batch
-from mlp_memory.training.sparse_head import label_log_prob
+from mlp_memory.training.sparse_head import Spread, label_and_spread
+
+
+class Scored(NamedTuple):
+    """Of rows: tapped states [n, D], log p(next token) [n] and the distribution's `Spread`, float32.
+
+    All but the states mean nothing on rows without a next token (`stream.has_next`).
+    """
+
+    taps_NxD: np.ndarray
+    log_prob_N: np.ndarray
+    spread: Spread
 
 
 class RowReader:
@@ -42,16 +55,19 @@ class RowReader:
         dtype: jnp.dtype = jnp.float32,
     ):
         split = mesh.shape["slice"] * mesh.shape["data"] * mesh.shape["fsdp"]
-        self._plan, self._mesh, self._batch = plan, mesh, -(-batch // split) * split
+        self.mesh, self._plan, self._batch = mesh, plan, -(-batch // split) * split
         graphdef, self._params = nnx.split(decoder)
 
-        def read(params: nnx.State, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def read(params: nnx.State, arrays: dict[str, jax.Array]) -> Scored:
             model = nnx.merge(graphdef, params)
             hidden, tapped = model(arrays["tokens"], arrays["segments"], tap, dtype)
             labels_N = arrays["labels"].reshape(-1)
             hidden_NxD = hidden.reshape(labels_N.size, -1)
-            log_prob_N = label_log_prob(hidden_NxD, model.head_kernel(), labels_N, mesh)
-            return tapped.astype(jnp.float32), log_prob_N.reshape(arrays["labels"].shape)
+            log_prob_N, spread = label_and_spread(hidden_NxD, model.head_kernel(), labels_N, mesh)
+            log_prob, spread = jax.tree.map(
+                lambda x_N: x_N.reshape(arrays["labels"].shape), (log_prob_N, spread)
+            )
+            return Scored(tapped.astype(jnp.float32), log_prob, spread)
 
         def tap_only(params: nnx.State, arrays: dict[str, jax.Array]) -> jax.Array:
             return nnx.merge(graphdef, params)(arrays["tokens"], arrays["segments"], tap, dtype)[1].astype(
@@ -71,7 +87,7 @@ class RowReader:
             starts = [w.start for w in group] + [len(stream)] * (self._batch - len(group))
             parts = [window_arrays(stream, s, self._plan.context) for s in starts]
             arrays = {k: np.stack([p[k] for p in parts]) for k in parts[0]}
-            yield group, place_whole_batch(arrays, self._mesh)
+            yield group, place_whole_batch(arrays, self.mesh)
 
     def taps(self, stream: TokenStream, start: int, stop: int) -> np.ndarray:
         """Tapped states of rows start..stop, [stop − start, D] float32."""
@@ -86,14 +102,15 @@ class RowReader:
         return np.concatenate(found)
 
     def taps_and_log_probs(self, stream: TokenStream, ranges: Ranges) -> tuple[np.ndarray, np.ndarray]:
-        """Tapped states [n, D] and log p(next token) [n] of the rows of `ranges`, float32.
+        """The first two of `scores`."""
+        return self.scores(stream, ranges)[:2]
 
-        The log-probability means nothing on rows without a next token (`stream.has_next`).
-        """
-        taps, log_probs = [], []
+    def scores(self, stream: TokenStream, ranges: Ranges) -> Scored:
+        """What the decoder says of the rows of `ranges`."""
+        found = []
         for group, arrays in self._batches(stream, ranges):
-            tapped, log_prob = map(np.asarray, self._read(self._params, arrays))
+            batch = jax.tree.map(np.asarray, self._read(self._params, arrays))
             for i, w in enumerate(group):
-                taps.append(tapped[i, w.first - w.start : w.stop - w.start])
-                log_probs.append(log_prob[i, w.first - w.start : w.stop - w.start])
-        return np.concatenate(taps), np.concatenate(log_probs)
+                used = slice(w.first - w.start, w.stop - w.start)
+                found.append(jax.tree.map(operator.itemgetter((i, used)), batch))
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)

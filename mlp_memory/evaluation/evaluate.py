@@ -4,16 +4,18 @@ from typing import Any
 
 import numpy as np
 
-from mlp_memory.evaluation.statistics import bootstrap_interval, gain_recovered, perplexity
+from mlp_memory.statistics import bootstrap_interval, bootstrap_mean, gain_recovered, perplexity
 from mlp_memory.targets.interpolation import best_lambda, lambda_grid, mixture_nll, mixture_rows
 
 _MIXTURES = {
     "knn_lm_exact": ("base", "knn_lm_exact"),
     "knn_lm_scann": ("base", "knn_lm_scann"),
     "base_plus_memory": ("base", "base_memory"),
+    "base_plus_memory_gated": ("base", "base_memory", "base_gate"),
     "joint": ("joint", "joint_memory"),
+    "joint_gated": ("joint", "joint_memory", "joint_gate"),
 }
-"""System -> the arrays it interpolates: language model, memory or kNN."""
+"""System -> the arrays it interpolates: language model, memory or kNN, and λ where a gate gives it."""
 
 _ALONE = ("base", "decoder_equal_params")
 
@@ -46,19 +48,23 @@ def summarize(
     }
     results: dict[str, Any] = {"lambda_curves": {"validation": {"lambdas": lambda_grid().tolist()}}}
     curves = results["lambda_curves"]["validation"]
-    for name, (_, column) in choices.items():
-        if name in _MIXTURES:
+    for name, (weight, column) in choices.items():
+        if name in _MIXTURES and weight is not None:
             base, other = _parts(splits["validation"], name, column)
             curves[name] = np.exp(mixture_nll(base, other, lambda_grid())).tolist()
     for split, scored in splits.items():
         nll = {name: _rows(scored, name, *choices[name]) for name in choices}
+        weights = {name: _weight(scored, name, choices[name][0]) for name in choices}
         results[split] = {
             "perplexity": {name: perplexity(n.sum(), len(n)) for name, n in nll.items()},
             "details": {
-                name: _details(
-                    name, n, documents[split], words[split], choices[name], temperatures, k, bootstrap
-                )
+                name: _details(n, documents[split], words[split], choices[name], temperatures, k, bootstrap)
+                | {"mean_lambda": float(np.mean(weights[name], dtype=np.float64))}
                 for name, n in nll.items()
+            },
+            "differences": {
+                f"{name} - {other}": _difference(nll[name], nll[other], documents[split], bootstrap)
+                for name, other in _compared(list(nll))
             },
         }
         if "knn_lm_exact" in nll:
@@ -69,20 +75,36 @@ def summarize(
 
 def _systems(scored: Scored) -> list[str]:
     order = ["base", *_MIXTURES, "decoder_equal_params"]
-    return [
-        n for n in order if (n in _ALONE and n in scored) or (n in _MIXTURES and _MIXTURES[n][1] in scored)
-    ]
+    return [n for n in order if all(part in scored for part in _MIXTURES.get(n, (n,)))]
+
+
+def _compared(names: list[str]) -> list[tuple[str, str]]:
+    """The pairs of systems whose difference says what a step was worth."""
+    pairs = [(name, "base") for name in names if name != "base"]
+    fixed = [("joint", "base_plus_memory")]
+    fixed += [(f"{name}_gated", name) for name in ("base_plus_memory", "joint")]
+    return pairs + [pair for pair in fixed if set(pair) <= set(names)]
+
+
+def _difference(
+    nll_N: np.ndarray, other_N: np.ndarray, documents_N: np.ndarray, bootstrap: int
+) -> dict[str, Any]:
+    """Mean nats per token that one system has more than the other on the same tokens."""
+    interval = bootstrap_mean(nll_N - other_N, documents_N, samples=bootstrap)
+    return {"nats": float((nll_N - other_N).mean()), "interval": [interval.low, interval.high]}
 
 
 def _parts(scored: Scored, name: str, column: int | None) -> tuple[np.ndarray, np.ndarray]:
-    base, other = (scored[part] for part in _MIXTURES[name])
+    base, other = (scored[part] for part in _MIXTURES[name][:2])
     return base, other if column is None else other[:, column]
 
 
-def _choose(scored: Scored, name: str, temperatures: tuple[float, ...]) -> tuple[float, int | None]:
-    """λ, and for kNN-LM the column of τ, with the least validation loss."""
+def _choose(scored: Scored, name: str, temperatures: tuple[float, ...]) -> tuple[float | None, int | None]:
+    """λ, None where a gate gives it, and for kNN-LM the column of τ, with the least validation loss."""
     if name in _ALONE:
         return 0.0, None
+    if len(_MIXTURES[name]) > 2:
+        return None, None
     if not name.startswith("knn_lm"):
         return best_lambda(*_parts(scored, name, None))[0], None
     found = [best_lambda(*_parts(scored, name, column)) for column in range(len(temperatures))]
@@ -90,19 +112,23 @@ def _choose(scored: Scored, name: str, temperatures: tuple[float, ...]) -> tuple
     return found[column][0], column
 
 
-def _rows(scored: Scored, name: str, weight: float, column: int | None) -> np.ndarray:
+def _weight(scored: Scored, name: str, weight: float | None) -> float | np.ndarray:
+    """λ of all rows, or of each."""
+    return scored[_MIXTURES[name][2]] if weight is None else weight
+
+
+def _rows(scored: Scored, name: str, weight: float | None, column: int | None) -> np.ndarray:
     """Nats per scored token, float64."""
     if name in _ALONE:
         return -scored[name].astype(np.float64)
-    return mixture_rows(*_parts(scored, name, column), weight)
+    return mixture_rows(*_parts(scored, name, column), _weight(scored, name, weight))
 
 
 def _details(
-    name: str,
     nll_N: np.ndarray,
     documents_N: np.ndarray,
     words: int,
-    choice: tuple[float, int | None],
+    choice: tuple[float | None, int | None],
     temperatures: tuple[float, ...],
     k: int,
     bootstrap: int,

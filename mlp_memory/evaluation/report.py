@@ -82,11 +82,10 @@ def report_html(
         verdict=verdict,
         sentences=sentences,
         split=split,
-        with_neighbors=any(system.startswith("knn") for system in systems),
         headings=headings(split),
         rows=table_rows(results, split),
-        validation_rows=table_rows(results, "validation") if "validation" in results else [],
-        validation_headings=headings("validation"),
+        with_neighbors=(with_neighbors := any(system.startswith("knn") for system in systems)),
+        others=_other_splits(results, with_neighbors),
         notes=table_notes(results, split),
         perplexity_svg=_svg(plots.perplexity_plot(results, split)),
         lambda_svg=_svg(plots.lambda_plot(lambda_curves)),
@@ -98,6 +97,33 @@ def report_html(
         config=canonical_json(results["config"]) if results.get("config") else "",
         colours=plots.COLOUR_VARIABLES,
     )
+
+
+def _other_splits(results: Mapping[str, Any], with_neighbors: bool) -> list[dict[str, Any]]:
+    """The same table on validation and on the texts elsewhere."""
+    chosen = "λ and τ were" if with_neighbors else "λ was"
+    titles = {
+        "validation": (
+            "The same table on the validation split",
+            f"{chosen} chosen here, so these figures flatter.",
+        )
+    }
+    for name in results.get("elsewhere") or []:
+        titles[name] = (
+            f"The same table on another kind of text: {name}",
+            f"Nothing was trained on it; {chosen} chosen on the validation split.",
+        )
+    return [
+        {
+            "title": title,
+            "note": note,
+            "headings": headings(name),
+            "rows": table_rows(results, name),
+            "notes": [] if name == "validation" else table_notes(results, name),
+        }
+        for name, (title, note) in titles.items()
+        if name in results
+    ]
 
 
 def headline(results: Mapping[str, Any], split: str = "test") -> tuple[str, list[str]]:

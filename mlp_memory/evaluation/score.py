@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,8 +19,9 @@ from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.decoder.windows import Ranges, cut, read
 from mlp_memory.index.exact import exact_search
 from mlp_memory.inference.next_token import Mixture, Predictor
+from mlp_memory.joint.gate import Gate, gate_weight
 from mlp_memory.memory.mlp import Memory
-from mlp_memory.memory.score import memory_log_probs
+from mlp_memory.memory.score import memory_scores
 from mlp_memory.targets.knn import knn_log_prob
 from mlp_memory.training.progress import Progress
 
@@ -70,6 +72,7 @@ class Systems:
       decoder: the base model itself, for samples.
       memory: read with the taps of base and of joint.
       neighbors: kNN-LM's datastore and searches.
+      gate, joint_gate: λ per token for base and for joint.
       mesh: devices.
     """
 
@@ -79,6 +82,8 @@ class Systems:
     baseline: RowReader | None
     memory: Memory
     neighbors: Neighbors | None
+    gate: Gate | None
+    joint_gate: Gate | None
     mesh: Mesh
 
     def predictor(self, weight: float, embed: EmbedConfig) -> Predictor:
@@ -87,10 +92,14 @@ class Systems:
 
 
 def arrays_of(
-    num_temperatures: int, joint: bool, baseline: bool, rows: int, chunk_rows: int
+    num_temperatures: int, joint: bool, baseline: bool, gated: bool, rows: int, chunk_rows: int
 ) -> dict[str, ArraySpec]:
     """The arrays of a scored split; kNN-LM has one column per temperature, and none without."""
-    names = ["base", "base_memory", *(("joint", "joint_memory") if joint else ())]
+    names = [
+        f"{decoder}{of}"
+        for decoder in ("base", *(("joint",) if joint else ()))
+        for of in ("", "_memory", *(("_gate",) if gated else ()))
+    ]
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (rows,))
     if num_temperatures:
         shapes |= dict.fromkeys(("knn_lm_exact", "knn_lm_scann"), (rows, num_temperatures))
@@ -145,16 +154,22 @@ def _score_rows(
     scored = read(stream.has_next, ranges)
     next_N = read(stream.labels, ranges)[scored]
     found = {}
-    taps, log_prob = systems.base.taps_and_log_probs(stream, ranges)
-    found["base"], taps = log_prob[scored], taps[scored]
-    found["base_memory"] = memory_log_probs(systems.memory, taps, next_N, systems.mesh)
+
+    def mixed(name: str, reader: RowReader, gate: Gate | None) -> np.ndarray:
+        """Scores of a decoder, of the memory on its states, and λ by the gate; the states."""
+        rows = jax.tree.map(lambda x_N: x_N[scored], reader.scores(stream, ranges))
+        found[name] = rows.log_prob_N
+        found[f"{name}_memory"], spread = memory_scores(systems.memory, rows.taps_NxD, next_N, systems.mesh)
+        if gate is not None:
+            found[f"{name}_gate"] = np.asarray(gate_weight(gate, rows.spread, spread, rows.taps_NxD))
+        return rows.taps_NxD
+
+    taps = mixed("base", systems.base, systems.gate)
     if (neighbors := systems.neighbors) is not None:
         found["knn_lm_exact"] = neighbors.log_prob(neighbors.exact, taps, next_N)
         found["knn_lm_scann"] = neighbors.log_prob(neighbors.scann, taps, next_N)
     if systems.joint is not None:
-        taps, log_prob = systems.joint.taps_and_log_probs(stream, ranges)
-        found["joint"] = log_prob[scored]
-        found["joint_memory"] = memory_log_probs(systems.memory, taps[scored], next_N, systems.mesh)
+        mixed("joint", systems.joint, systems.joint_gate)
     if systems.baseline is not None:
         _, log_prob = systems.baseline.taps_and_log_probs(stream, ranges)
         found["decoder_equal_params"] = log_prob[scored]

@@ -8,6 +8,7 @@ import numpy as np
 
 from mlp_memory import artifacts
 from mlp_memory.artifacts import Directory, Manifest
+from mlp_memory.corpus.config import SPLITS
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.corpus.vocabulary import Vocabulary
 from mlp_memory.datastore.config import EmbedConfig
@@ -25,7 +26,7 @@ class Inputs:
 
     Attributes:
       config: what to evaluate.
-      streams: "validation" and "test".
+      streams: "validation", "test" and the texts elsewhere.
       vocabulary: names tokens.
       systems: loads every model; called only if rows are still to be scored or sampled.
       embed: how rows are read.
@@ -35,6 +36,7 @@ class Inputs:
       settings: the resolved config, for the record.
       corpus: facts of each split.
       certificate: of the targets (targets/certificate.py); None where they have none.
+      gates: facts of "gate" and "joint_gate", where they were fitted.
     """
 
     config: EvaluateConfig
@@ -49,6 +51,7 @@ class Inputs:
     settings: dict[str, Any]
     corpus: dict[str, dict[str, Any]]
     certificate: dict[str, Any] | None = None
+    gates: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 def temperatures(targets: dict[str, Any]) -> tuple[float, ...]:
@@ -64,7 +67,8 @@ def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[s
     for split, stream in inputs.streams.items():
         ranges = spread(len(stream), config.max_rows)
         rows = sum(stop - start for start, stop in ranges)
-        arrays = arrays_of(len(grid), "joint" in trained, "baseline" in trained, rows, config.chunk_rows)
+        models = ("joint" in trained, "baseline" in trained, bool(inputs.gates))
+        arrays = arrays_of(len(grid), *models, rows, config.chunk_rows)
         scored[split] = score_split(
             directory / f"rows/{split}",
             split,
@@ -90,6 +94,10 @@ def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[s
             n: trained[s]["train_flops"] for n, s in names.items() if "train_flops" in trained.get(s, {})
         },
         "samples": _samples(inputs, results),
+        "elsewhere": [name for name in inputs.streams if name not in SPLITS],
+        "gates": {
+            name: {k: v for k, v in facts.items() if k != "gate"} for name, facts in inputs.gates.items()
+        },
         "config": inputs.settings,
         "corpus": inputs.corpus,
     }

@@ -19,7 +19,9 @@ SYSTEMS: dict[str, str] = {
     "knn_lm_exact": "kNN-LM (exact)",
     "knn_lm_scann": "kNN-LM (ScaNN)",
     "base_plus_memory": "base + memory",
+    "base_plus_memory_gated": "base + memory, gated",
     "joint": "joint",
+    "joint_gated": "joint, gated",
     "decoder_equal_params": "equal-size decoder",
 }
 
@@ -64,7 +66,7 @@ def table_rows(results: Mapping[str, Any], split: str = "test") -> list[Row]:
             continue
         detail = figures.get("details", {}).get(system) or {}
         interval = detail.get("interval") or (None, None)
-        weight = detail.get("lambda")
+        weight, mean = detail.get("lambda"), detail.get("mean_lambda")
         rows.append(
             Row(
                 system=system,
@@ -74,7 +76,7 @@ def table_rows(results: Mapping[str, Any], split: str = "test") -> list[Row]:
                 if all(map(is_number, interval))
                 else DASH,
                 per_word=format_figure(detail.get("per_word")),
-                weight=f"{weight:g}" if is_number(weight) else DASH,
+                weight=f"{weight:g}" if is_number(weight) else f"⌀ {mean:.2f}" if is_number(mean) else DASH,
                 parameters=_parameters(results, system) if system in known else DASH,
                 best=system == best,
             )
@@ -148,6 +150,14 @@ def table_notes(results: Mapping[str, Any], split: str = "test") -> list[str]:
         detail = figures.get("details", {}).get(system) or {}
         if is_number(detail.get("k")) and is_number(detail.get("tau")):
             notes.append(f"{SYSTEMS[system]}: k = {detail['k']:,}, τ = {detail['tau']:g}.")
+    for pair, difference in (figures.get("differences") or {}).items():
+        name, other = pair.split(" - ")
+        if other != "base" or name.endswith("_gated"):
+            low, high = difference["interval"]
+            notes.append(
+                f"{SYSTEMS[name]} against {SYSTEMS[other]}, on the same tokens: "
+                f"{difference['nats']:+.4f} nats a token ({low:+.4f} … {high:+.4f})."
+            )
     recall = results.get("recall") or {}
     if is_number(recall.get("value")):
         notes.append(f"ScaNN recall@{recall.get('k')}: {recall['value']:.3f}.")
@@ -216,7 +226,7 @@ def _parameters(results: Mapping[str, Any], system: str) -> str:
     counts = results.get("parameters") or {}
     if system == "decoder_equal_params":
         return format_count(counts.get(system))
-    if system in ("base_plus_memory", "joint"):
+    if system.removesuffix("_gated") in ("base_plus_memory", "joint"):
         parts = [counts.get("base"), counts.get("memory")]
         return format_count(sum(parts)) if all(map(is_number, parts)) else DASH
     text = format_count(counts.get("base"))

@@ -10,8 +10,10 @@ from flax import nnx
 from mlp_memory.decoder.config import Tap
 from mlp_memory.decoder.transformer import Cache, Decoder
 from mlp_memory.inference.prompts import packed
+from mlp_memory.joint.gate import Gate, gate_weight
 from mlp_memory.joint.train import mixture_log_prob
 from mlp_memory.memory.mlp import Memory
+from mlp_memory.training.sparse_head import spread_of
 
 
 class NextToken(NamedTuple):
@@ -31,20 +33,25 @@ class Mixture:
     Args:
       decoder: the language model.
       memory: its memory, or None.
-      weight: λ.
+      weight: λ, or what gives the λ of each token.
       tap: the memory's input.
       dtype: of the computation, and of the parameters' copies made for it.
     """
 
     def __init__(
-        self, decoder: Decoder, memory: Memory | None, weight: float, tap: Tap, dtype: Any = jnp.float32
+        self,
+        decoder: Decoder,
+        memory: Memory | None,
+        weight: float | Gate,
+        tap: Tap,
+        dtype: Any = jnp.float32,
     ):
         self.config, self.tap, self.dtype = decoder.config, tap, jnp.dtype(dtype)
         self._decoder_def, decoder_state = nnx.split(decoder)
         self._memory_def, memory_state = (None, None) if memory is None else nnx.split(memory)
         states = {"decoder": decoder_state, "memory": memory_state}
         cast = jax.tree.map(lambda x: x.astype(self.dtype), states)
-        self.parameters: dict[str, Any] = {**cast, "weight": jnp.float32(weight)}
+        self.parameters: dict[str, Any] = {**cast, "weight": jax.tree.map(jnp.float32, weight)}
 
     def models(self) -> tuple[Decoder, Memory | None]:
         """Decoder and memory with the parameters' copies."""
@@ -98,7 +105,10 @@ class Mixture:
             preferred_element_type=jnp.float32,
         )
         memory_NxV = jax.nn.log_softmax(z_NxV)
-        weight_N = jnp.broadcast_to(parameters["weight"], (len(hidden_NxD),))
+        weight_N = parameters["weight"]
+        if isinstance(weight_N, Gate):
+            weight_N = gate_weight(weight_N, spread_of(base_NxV), spread_of(memory_NxV), tap_NxD)
+        weight_N = jnp.broadcast_to(weight_N, (len(hidden_NxD),))
         mixture_NxV = mixture_log_prob(memory_NxV, base_NxV, weight_N[:, None])
         return NextToken(base_NxV, memory_NxV, mixture_NxV, weight_N)
 

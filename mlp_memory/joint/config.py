@@ -1,9 +1,10 @@
-"""How the decoder is trained under the mixture."""
+"""How the decoder is trained under the mixture, and how the mixture's gate is fitted."""
 
 import dataclasses
 
-from mlp_memory.artifacts import UserError
+from mlp_memory.artifacts import UserError, runtime
 from mlp_memory.decoder.config import PretrainConfig
+from mlp_memory.settings import check_number, check_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,10 +12,12 @@ class JointConfig(PretrainConfig):
     """Training of the decoder under the mixture.
 
     Attributes:
+      enabled: whether it is done; None where the memory is made here, not imported.
       interpolation: λ during training, or "auto": the best on validation after distilling.
       through_memory: gradient reaches the decoder through the memory's input too.
     """
 
+    enabled: bool | None = runtime(None)
     interpolation: float | str = "auto"
     through_memory: bool = True
 
@@ -24,3 +27,41 @@ class JointConfig(PretrainConfig):
             isinstance(self.interpolation, int | float) and 0 <= self.interpolation < 1
         ):
             raise UserError(f"joint.interpolation = {self.interpolation!r}: use 'auto' or a number in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class GateConfig:
+    """The fit of λ per token.
+
+    Attributes:
+      enabled: whether gates are fitted, for decoder and memory as distilled and after joint training.
+      guards: names of `corpus.elsewhere`: kinds of text that the memory was not made for, where the mixture
+        must not be worse than the decoder alone either.
+      margin: nats a token that count as no harm: 0.001 is a thousandth of the perplexity.
+      rows: of each text; 0 for all.
+      penalties: on the squared weights, tried by cross-validation over documents.
+      folds: of the cross-validation.
+      bootstrap: resamples behind an interval.
+      level: of the interval at whose upper end no harm may be done.
+      seed: of the resampling.
+    """
+
+    enabled: bool = True
+    guards: tuple[str, ...] = ()
+    margin: float = 0.001
+    rows: int = 32768
+    penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    folds: int = 4
+    bootstrap: int = 1000
+    level: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self):
+        check_whole(self, {"rows": 0, "folds": 2, "bootstrap": 1, "seed": 0})
+        check_number(self, {"level": (0.0, 1.0), "margin": (0.0, float("inf"))})
+        guards = (self.guards,) if isinstance(self.guards, str) else tuple(self.guards)
+        penalties = tuple(self.penalties) if isinstance(self.penalties, tuple | list) else ()
+        if not penalties or not all(isinstance(p, int | float) and p >= 0 for p in penalties):
+            raise UserError(f"gate.penalties = {self.penalties!r}: give numbers, 0 or more")
+        object.__setattr__(self, "guards", guards)
+        object.__setattr__(self, "penalties", penalties)

@@ -16,13 +16,13 @@ def lambda_grid() -> np.ndarray:
     return np.arange(40) / 40
 
 
-def mixture_rows(base_N: np.ndarray, other_N: np.ndarray, weight: float) -> np.ndarray:
+def mixture_rows(base_N: np.ndarray, other_N: np.ndarray, weight: float | np.ndarray) -> np.ndarray:
     """-log(λ e^other + (1 - λ) e^base) of each row, in nats (PAPER.md, step 4).
 
     Args:
       base_N: log probabilities of the true next token under the base model.
       other_N: the same under the memory or the retrieved distribution; may be -inf.
-      weight: λ in [0, 1].
+      weight: λ in [0, 1], of all rows or of each.
 
     Returns:
       float64 [N]; +inf where the mixture gives the token no mass.
@@ -31,10 +31,11 @@ def mixture_rows(base_N: np.ndarray, other_N: np.ndarray, weight: float) -> np.n
       ValueError: shapes differ, a value is NaN or λ lies outside [0, 1].
     """
     base_N, other_N = _checked(base_N, other_N)
-    if not 0 <= weight <= 1:
+    weight = np.asarray(weight, np.float64)
+    if not ((weight >= 0) & (weight <= 1)).all():
         raise ValueError(f"λ = {weight} lies outside [0, 1]")
     with np.errstate(divide="ignore"):
-        log_other, log_base = np.log(np.float64(weight)), np.log1p(-np.float64(weight))
+        log_other, log_base = np.log(weight), np.log1p(-weight)
     return -np.logaddexp(log_other + other_N, log_base + base_N)
 
 

@@ -18,6 +18,7 @@ large as the kernel.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,38 @@ def label_log_prob(
     return -_per_token(head, hidden_NxD, kernel_DxV, labels_N[:, None], ones_Nx1)
 
 
+class Spread(NamedTuple):
+    """How sure next-token distributions are, nats, [N] float32 each.
+
+    Attributes:
+      entropy_N: −Σ_v p_v log p_v.
+      most_N: log of the largest probability.
+    """
+
+    entropy_N: jax.Array
+    most_N: jax.Array
+
+
+def label_and_spread(
+    hidden_NxD: jax.Array,
+    kernel_DxV: jax.Array,
+    labels_N: jax.Array,
+    mesh: Mesh | None = None,
+    chunk_elements: int | None = None,
+) -> tuple[jax.Array, Spread]:
+    """log p(label) per token, [N] float32, and how sure the distributions are; no gradient. Args as above."""
+    head, ones_Nx1 = _head(mesh, chunk_elements), jnp.ones((labels_N.shape[0], 1), jnp.float32)
+    hidden_NxD, kernel_DxV = map(jax.lax.stop_gradient, (hidden_NxD, kernel_DxV))
+    loss_N, _, spread = head.losses(hidden_NxD, kernel_DxV, labels_N[:, None], ones_Nx1, with_spread=True)
+    return -loss_N, spread
+
+
+def spread_of(log_prob_NxV: jax.Array) -> Spread:
+    """The same of distributions given whole, as log-probabilities."""
+    p_NxV = jnp.exp(log_prob_NxV)
+    return Spread(-jnp.where(p_NxV > 0, p_NxV * log_prob_NxV, 0).sum(-1), log_prob_NxV.max(-1))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed(head: "_Head", h_NxD: jax.Array, w_DxV: jax.Array, ids_NxM: jax.Array, t_NxM: jax.Array):
     return head.losses(h_NxD, w_DxV, ids_NxM, t_NxM)[0].sum()
@@ -127,18 +160,30 @@ class _Head:
     chunk_elements: int
 
     def losses(
-        self, h_NxD: jax.Array, w_DxV: jax.Array, ids_NxM: jax.Array, t_NxM: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """loss_N and lse_N, float32."""
+        self,
+        h_NxD: jax.Array,
+        w_DxV: jax.Array,
+        ids_NxM: jax.Array,
+        t_NxM: jax.Array,
+        with_spread: bool = False,
+    ) -> tuple[jax.Array | Spread, ...]:
+        """loss_N and lse_N, float32, and the `Spread` where it is wanted."""
 
-        def local(h_NxD: jax.Array, w_DxV: jax.Array, *target: jax.Array) -> tuple[jax.Array, jax.Array]:
-            def chunk(carry: None, xs: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-                return None, self._loss(self._logits(xs[0], w_DxV), *xs[1:])[:2]
+        def local(h_NxD: jax.Array, w_DxV: jax.Array, *target: jax.Array) -> tuple[jax.Array, ...]:
+            def chunk(carry: None, xs: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, ...]]:
+                z_CxV = self._logits(xs[0], w_DxV)
+                loss_C, lse_C, most_C, exp_CxV = self._loss(z_CxV, *xs[1:])
+                if not with_spread:
+                    return None, (loss_C, lse_C)
+                return None, (loss_C, lse_C, *self._spread(z_CxV, lse_C, most_C, exp_CxV))
 
             return self._scan(chunk, None, (h_NxD, *target), w_DxV.shape[1])[1]
 
-        ins, outs = (_TOKENS, _GATHERED, _TOKENS, _TOKENS), (_TOKENS, _TOKENS)
-        return self._on_mesh(local, ins, outs)(h_NxD, w_DxV.astype(h_NxD.dtype), ids_NxM, t_NxM)
+        ins, outs = (_TOKENS, _GATHERED, _TOKENS, _TOKENS), (_TOKENS,) * (4 if with_spread else 2)
+        loss_N, lse_N, *spread = self._on_mesh(local, ins, outs)(
+            h_NxD, w_DxV.astype(h_NxD.dtype), ids_NxM, t_NxM
+        )
+        return (loss_N, lse_N, Spread(*spread)) if with_spread else (loss_N, lse_N)
 
     def gradients(
         self,
@@ -235,3 +280,15 @@ class _Head:
             lse_KxC, named_KxC = jax.lax.all_gather((lse_C, named_C), _TENSOR)
             lse_C, named_C = jax.nn.logsumexp(lse_KxC, axis=0), named_KxC.sum(0)
         return lse_C * t_CxM.sum(-1) - named_C, lse_C, most_C, exp_CxV
+
+    def _spread(
+        self, z_CxV: jax.Array, lse_C: jax.Array, most_C: jax.Array, exp_CxV: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """entropy_C and most_C over the whole vocabulary, of what `_loss` gives."""
+        # Σ p (z − most) keeps its digits where the logits are large.
+        off_CxV = exp_CxV * (z_CxV - most_C[:, None])
+        mean_C = jnp.exp(most_C - lse_C) * (off_CxV.sum(-1) + exp_CxV.sum(-1) * (most_C - lse_C))
+        most_C = most_C - lse_C
+        if self.mesh is not None and self.mesh.shape[_TENSOR] > 1:
+            mean_C, most_C = jax.lax.psum(mean_C, _TENSOR), jax.lax.pmax(most_C, _TENSOR)
+        return -mean_C, most_C

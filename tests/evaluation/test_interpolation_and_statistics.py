@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mlp_memory.evaluation.statistics import bootstrap_interval, gain_recovered, perplexity
+from mlp_memory.statistics import bootstrap_interval, gain_recovered, perplexity
 from mlp_memory.targets.interpolation import best_lambda, lambda_grid, mixture_nll, mixture_rows
 
 

@@ -38,14 +38,19 @@ def synthetic_results(seed: int = 0) -> dict[str, Any]:
         "knn_lm_exact": 196.84,
         "knn_lm_scann": 198.02,
         "base_plus_memory": 197.13,
+        "base_plus_memory_gated": 195.52,
         "joint": 181.47,
+        "joint_gated": 180.26,
         "decoder_equal_params": 209.66,
     }
+
+    weights = {"base": 0.0, "decoder_equal_params": 0.0, "base_plus_memory_gated": None, "joint_gated": None}
 
     def split(factor: float) -> dict[str, Any]:
         details = {
             system: {
-                "lambda": 0.0 if system in ("base", "decoder_equal_params") else 0.35,
+                "lambda": weights.get(system, 0.35),
+                "mean_lambda": weights.get(system, 0.35) or 0.4321,
                 "tau": 30.0 if system.startswith("knn") else None,
                 "k": 256 if system.startswith("knn") else None,
                 "scored_tokens": 52345,
@@ -59,6 +64,10 @@ def synthetic_results(seed: int = 0) -> dict[str, Any]:
         return {
             "perplexity": {s: v * factor for s, v in values.items()},
             "details": details,
+            "differences": {
+                "joint - base": {"nats": -0.212, "interval": [-0.23, -0.19]},
+                "joint - base_plus_memory": {"nats": -0.0828, "interval": [-0.0912, -0.0733]},
+            },
             "gain_recovered": {"of": "knn_lm_exact", "share": 0.988},
         }
 
@@ -95,6 +104,8 @@ def synthetic_results(seed: int = 0) -> dict[str, Any]:
         "schema": 1,
         "test": split(1.0),
         "validation": split(0.97),
+        "news": split(1.7),
+        "elsewhere": ["news"],
         "lambda_curves": {"validation": {"lambdas": lambdas, **curves}},
         "parameters": {"base": 2_345_678, "memory": 4_567_890, "decoder_equal_params": 6_900_000},
         "training_flops": {
@@ -347,7 +358,7 @@ def test_terminal_table_is_aligned_and_markdown_has_every_column() -> None:
     assert len({len(line) for line in framed}) == 1
     rows = markdown_table(synthetic_results()).splitlines()
     assert {row.count("|") for row in rows} == {7}
-    assert [row for row in rows if "**" in row] == [row for row in rows if row.startswith("| joint ")]
+    assert [row for row in rows if "**" in row] == [row for row in rows if row.startswith("| joint, gated ")]
 
 
 @pytest.mark.parametrize(

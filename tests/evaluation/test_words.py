@@ -7,8 +7,8 @@ import pytest
 from mlp_memory.artifacts import Manifest
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.evaluation.stage import words_of
-from mlp_memory.evaluation.statistics import perplexity
 from mlp_memory.evaluation.table import results_table
+from mlp_memory.statistics import perplexity
 
 
 @pytest.fixture

@@ -6,12 +6,25 @@ import numpy as np
 import pytest
 
 import mlp_memory as mlp_memory_package
+from mlp_memory.arrays import ArrayReader
 from mlp_memory.artifacts import Directory, UserError, peek
+from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.decoder.pretrain import load_decoder
+from mlp_memory.inference.scoring import Scorer
 from mlp_memory.interchange.source import load, open_source
 from mlp_memory.memory.distill import load_memory
+from mlp_memory.targets.interpolation import mixture_rows
 
-SYSTEMS = {"base", "knn_lm_exact", "knn_lm_scann", "base_plus_memory", "joint", "decoder_equal_params"}
+GATED = {"base_plus_memory_gated", "joint_gated"}
+SYSTEMS = {
+    "base",
+    "knn_lm_exact",
+    "knn_lm_scann",
+    "base_plus_memory",
+    "joint",
+    "decoder_equal_params",
+    *GATED,
+}
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +32,7 @@ def results(small_run):
     return json.loads((small_run / "reports/results.json").read_text())
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("split", ["validation", "test", "other"])
 def test_results_hold_every_system_with_its_choices_and_interval(results, split):
     assert set(results[split]["perplexity"]) == SYSTEMS
     for name, details in results[split]["details"].items():
@@ -28,7 +41,8 @@ def test_results_hold_every_system_with_its_choices_and_interval(results, split)
         np.testing.assert_allclose(details["per_token"], value)
         assert details["interval"][0] <= value <= details["interval"][1]
         assert details["per_word"] > value
-        assert 0 <= details["lambda"] < 1
+        assert 0 <= details["mean_lambda"] < 1
+        assert details["lambda"] == (None if name in GATED else details["mean_lambda"])
         assert (details["tau"] is None) == (details["k"] is None) == (not name.startswith("knn"))
     scored = {details["scored_tokens"] for details in results[split]["details"].values()}
     assert len(scored) == 1
@@ -41,6 +55,30 @@ def test_the_best_mixture_is_no_worse_than_its_decoder_on_validation(results):
     perplexity = results["validation"]["perplexity"]
     for name in ("knn_lm_exact", "knn_lm_scann", "base_plus_memory"):
         assert perplexity[name] <= perplexity["base"] * (1 + 1e-6)
+
+
+def test_a_gate_is_fitted_for_both_decoders_and_gives_each_token_its_own_lambda(results, small_run):
+    assert set(results["gates"]) == {"gate", "joint_gate"}
+    rows = Directory(small_run / "reports/rows/test")
+    for name, stage in (("base", "gate"), ("joint", "joint_gate")):
+        facts, weights = results["gates"][stage], ArrayReader(rows, f"{name}_gate")
+        weight_N = weights[0 : len(weights)]
+        assert set(facts["texts"]) == {"validation", "other"}
+        assert (weight_N <= facts["share"]).all()
+        assert (weight_N >= 0).all()
+        assert facts["share"] == 0 or len(np.unique(weight_N)) > 100
+    assert set(results["test"]["differences"]) >= {"joint - base_plus_memory", "joint_gated - base"}
+
+
+def test_the_gate_says_in_decoding_what_it_said_in_evaluation(small_run):
+    gated = mlp_memory_package.load(str(small_run), interpolation="gate")
+    stream = TokenStream.open(Directory(small_run / "corpus/test"))
+    stop = min(20, int(stream.bounds_D1[1]) - 1)
+    tokens, rows = stream.tokens[0 : stop + 1].tolist(), Directory(small_run / "reports/rows/test")
+    names = ("base", "base_memory", "base_gate")
+    base, memory, weight = (ArrayReader(rows, name)[0:stop] for name in names)
+    found = Scorer(gated.mixture, 32)([tokens])[0].log_prob_T
+    np.testing.assert_allclose(found, -mixture_rows(base, memory, weight), rtol=1e-4, atol=1e-4)
 
 
 def test_the_equal_decoder_has_the_parameters_and_flops_of_decoder_and_memory(results):
@@ -79,7 +117,9 @@ def test_status_shows_every_stage_done_and_an_unfinished_one(workdir, mlp_memory
             "index",
             "retrieve",
             "distill",
+            "gate",
             "joint",
+            "joint_gate",
             "baseline",
             "evaluate",
             "export",

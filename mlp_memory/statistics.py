@@ -1,7 +1,7 @@
 """Perplexity and its uncertainty, from the nats of each scored token."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,7 @@ _COUNTS_PER_BATCH = 1 << 22
 
 
 class Interval(NamedTuple):
-    """A bootstrap interval of perplexity and what was resampled for it."""
+    """A bootstrap interval and what was resampled for it."""
 
     low: float
     high: float
@@ -31,20 +31,37 @@ def perplexity(nll_sum: float, count: int) -> float:
         return float(np.exp(np.float64(nll_sum) / count))
 
 
-def bootstrap_interval(
+def bootstrap_interval(nll_N: np.ndarray, document_ids_N: np.ndarray, **settings: Any) -> Interval:
+    """Percentile bootstrap interval of the per-token perplexity of `nll_N`. Args as `bootstrap_mean`'s."""
+    low, high, method = bootstrap_mean(nll_N, document_ids_N, **settings)
+    return Interval(float(np.exp(low)), float(np.exp(high)), method)
+
+
+def units_of(document_ids_N: np.ndarray) -> tuple[np.ndarray, str]:
+    """What is drawn or set apart as one, [N] numbers from 0, and what it is.
+
+    Tokens of one document are not independent, so it is whole documents. Below ten documents,
+    contiguous blocks of 256 rows take their place.
+    """
+    unit_N = np.unique(document_ids_N, return_inverse=True)[1].reshape(-1)
+    if unit_N.max() + 1 >= _MIN_DOCUMENTS:
+        return unit_N, f"{unit_N.max() + 1} documents"
+    unit_N = np.arange(unit_N.size) // _BLOCK_ROWS
+    blocks = int(unit_N[-1]) + 1
+    return unit_N, f"{blocks} block{'s' if blocks > 1 else ''} of {_BLOCK_ROWS} tokens"
+
+
+def bootstrap_mean(
     nll_N: np.ndarray,
     document_ids_N: np.ndarray,
     samples: int = 1000,
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Percentile bootstrap interval of the per-token perplexity of `nll_N`.
-
-    Tokens of one document are not independent, so whole documents are drawn, with
-    replacement. Below ten documents, contiguous blocks of 256 rows take their place.
+    """Percentile bootstrap interval of the mean of `nll_N`, over `units_of` its documents.
 
     Args:
-      nll_N: nats of each scored token.
+      nll_N: nats of each scored token, or differences of them.
       document_ids_N: integer that tells which document each row belongs to.
       samples: number of resamples.
       seed: of the resampling; equal arguments give equal intervals.
@@ -61,12 +78,7 @@ def bootstrap_interval(
         )
     if not np.isfinite(nll_N).all():
         raise ValueError(f"row {int(np.isfinite(nll_N).argmin())} of nll is not finite")
-    group_N = np.unique(document_ids_N, return_inverse=True)[1].reshape(-1)
-    method = f"bootstrap over {group_N.max() + 1} documents"
-    if group_N.max() + 1 < _MIN_DOCUMENTS:
-        group_N = np.arange(nll_N.size) // _BLOCK_ROWS
-        blocks = int(group_N[-1]) + 1
-        method = f"bootstrap over {blocks} block{'s' if blocks > 1 else ''} of {_BLOCK_ROWS} tokens"
+    group_N, what = units_of(document_ids_N)
     sums_G, counts_G = np.bincount(group_N, weights=nll_N), np.bincount(group_N)
     groups = len(sums_G)
     rng = np.random.default_rng(seed)
@@ -75,8 +87,8 @@ def bootstrap_interval(
         drawn_SxG = rng.multinomial(groups, np.full(groups, 1 / groups), size=min(batch, samples - start))
         # Elementwise and not `@`: BLAS adds in an order that depends on its thread count.
         means.append((drawn_SxG * sums_G).sum(1) / (drawn_SxG * counts_G).sum(1))
-    low, high = np.exp(np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2]))
-    return Interval(float(low), float(high), method)
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high), f"bootstrap over {what}")
 
 
 def gain_recovered(base_nll: float, knn_nll: float, memory_nll: float) -> float | None:
