@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from mlp_memory.arrays import ArrayReader
 from mlp_memory.artifacts import Directory
 from mlp_memory.interchange.export import export_model
 from mlp_memory.memory.config import MemoryConfig
@@ -32,26 +34,28 @@ def test_an_imported_decoder_and_memory_write_the_text_that_the_trained_ones_do(
     assert (found.code, found.out) == (0, wanted.out), found.error
 
 
-def test_a_run_over_an_imported_decoder_uses_its_tokenizer_and_has_no_equal_decoder(
+def test_a_second_round_over_the_joint_decoder_uses_its_tokenizer_and_has_no_equal_decoder(
     exported, small_run, recipe, mlp_memory, tmp_path
 ):
-    source = f"--gin=pretrained.source='{exported / 'decoder'}'"
+    source = f"--gin=pretrained.source='{exported / 'joint'}'"
     command = ["run", f"--workdir={tmp_path / 'w'}", f"--gin_file={recipe}", source]
     answer = mlp_memory(*command)
     assert answer.code == 0, answer.error
     results = json.loads((tmp_path / "w/reports/results.json").read_text())
     systems = {"base", "knn_lm_exact", "knn_lm_scann", "base_plus_memory", "joint"}
-    assert set(results["test"]["perplexity"]) == systems
+    assert set(results["test"]["perplexity"]) == {*systems, "base_plus_memory_gated", "joint_gated"}
     assert (tmp_path / "w/corpus/vocabulary/tokenizer.model").read_bytes() == (
-        exported / "decoder/tokenizer.model"
+        exported / "joint/tokenizer.model"
     ).read_bytes()
     before, after = (
-        safetensors.numpy.load_file(folder / "decoder/model.safetensors")
-        for folder in (exported, tmp_path / "w/export")
+        safetensors.numpy.load_file(folder / "model.safetensors")
+        for folder in (exported / "joint", tmp_path / "w/export/decoder")
     )
     assert sorted(before) == sorted(after)
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
-    base = json.loads((small_run / "reports/results.json").read_text())["test"]["perplexity"]["base"]
+    alone = ArrayReader(Directory(small_run / "reports/rows/test"), "joint")
+    log_prob_N = alone[0 : len(alone)]
+    base = np.exp(-log_prob_N[log_prob_N != 0].mean(dtype=np.float64))
     assert results["test"]["perplexity"]["base"] == pytest.approx(base, rel=1e-6)
     again = mlp_memory(*command)
     assert "---" not in again.out + again.error.split("stage")[0]
@@ -82,7 +86,7 @@ def imported_run(exported, recipe, mlp_memory, tmp_path_factory) -> Path:
     answer = mlp_memory("run", f"--workdir={folder}", f"--gin_file={recipe}", *both(exported))
     assert answer.code == 0, answer.error
     assert re.findall(r"^--- (\w+):", answer.out, re.M) == [
-        *("tokenize", "import", "import_memory", "evaluate", "export")
+        *("tokenize", "import", "import_memory", "gate", "evaluate", "export")
     ]
     return folder
 
@@ -96,7 +100,7 @@ def test_a_decoder_and_its_memory_are_evaluated_as_they_were_where_they_were_mad
     wanted, found = (
         json.loads((folder / "reports/results.json").read_text()) for folder in (small_run, imported_run)
     )
-    systems = {"base", "base_plus_memory"}
+    systems = {"base", "base_plus_memory", "base_plus_memory_gated"}
     for split in ("validation", "test"):
         assert set(found[split]["perplexity"]) == systems
         assert found[split]["details"] == {name: wanted[split]["details"][name] for name in systems}
@@ -146,9 +150,28 @@ def test_a_run_over_an_imported_memory_is_done_once_and_notices_other_settings(
     rows = [
         line.split()[0] for line in mlp_memory("status", f"--workdir={imported_run}").out.splitlines()[2:]
     ]
-    assert rows == ["tokenize", "import", "import_memory", "evaluate", "export"]
+    assert rows == ["tokenize", "import", "import_memory", "gate", "evaluate", "export"]
     # Without a datastore, the report itself says how its rows were read.
     assert "embed.stride = 16" in refused_quickly(*command, "--gin=embed.stride=8")
+
+
+def test_a_decoder_is_trained_under_an_imported_memory_as_under_the_one_made_here(
+    imported_run, exported, small_run, recipe, mlp_memory, tmp_path
+):
+    folder = tmp_path / "w"
+    shutil.copytree(imported_run, folder, ignore=shutil.ignore_patterns("reports", "export"))
+    command = [f"--workdir={folder}", f"--gin_file={recipe}", *both(exported), "--gin=joint.enabled=True"]
+    answer = mlp_memory("joint", *command)
+    assert answer.code == 0, answer.error
+    wanted, found = (
+        [json.loads(line) for line in (run / "joint/metrics.jsonl").read_text().splitlines()]
+        for run in (small_run, folder)
+    )
+    for ours, theirs in zip(found, wanted, strict=True):
+        for name in ("loss", "validation_loss"):
+            assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-5), name
+    # Whoever asks for it, or leaves it, changes nothing of what was made.
+    assert "joint_gate" in mlp_memory("status", *command).out
 
 
 def test_a_dry_run_shows_the_shapes_of_imported_models(exported, recipe, mlp_memory, tmp_path):
