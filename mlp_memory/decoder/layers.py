@@ -3,7 +3,8 @@
 Computation runs in the dtype of the input; norms and what they reduce run in float32.
 """
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -89,20 +90,41 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     return nnx.merge(graphdef, state)
 
 
+def each_block(blocks: nnx.Module) -> Iterator[nnx.Module]:
+    """The blocks of what `stack` or `separate` made, one by one."""
+    if isinstance(blocks, nnx.List):
+        yield from blocks
+        return
+    graphdef, state = nnx.split(blocks)
+    for layer in range(jax.tree.leaves(state)[0].shape[0]):
+        yield nnx.merge(graphdef, jax.tree.map(operator.itemgetter(layer), state))
+
+
+def separate(model: nnx.Module) -> nnx.Module:
+    """The same model, each of its blocks with arrays of its own: no copy is cut out of a stack in a step."""
+    found = nnx.merge(*nnx.split(model))
+    found.blocks = nnx.List(list(each_block(model.blocks)))
+    return found
+
+
 def scan_blocks(
     blocks: nnx.Module,
     step: Callable[[nnx.Module, Any, jax.Array], Any],
     carry: Any,
     remat: str,
 ) -> Any:
-    """Runs `carry = step(block, carry, layer_index)` over stacked blocks in one scan.
+    """Runs `carry = step(block, carry, layer_index)` over stacked blocks in one scan, over others in turn.
 
     Args:
-      blocks: what `stack` made.
+      blocks: what `stack` or `separate` made.
       step: pure function of one block, the carry and the layer's index (int32 scalar).
       carry: any pytree of arrays.
       remat: "none", "dots" (keep products without batch axes) or "full" (keep the carry).
     """
+    if isinstance(blocks, nnx.List):
+        for layer, block in enumerate(blocks):
+            carry = step(block, carry, jnp.int32(layer))
+        return carry
     graphdef, state = nnx.split(blocks)
     count = jax.tree.leaves(state)[0].shape[0]
 

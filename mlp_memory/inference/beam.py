@@ -82,9 +82,7 @@ class BeamSearch:
         # All hypotheses begin equal: the first stands for the others.
         alone_PxW = jnp.full((len(tokens_PxT), self._beams), -jnp.inf).at[:, 0].set(0)
         cache, seen, log_prob_RxV = jax.tree.map(
-            lambda x, axis: jnp.repeat(x, self._beams, axis),
-            (cache, seen, log_prob_PxV),
-            (Cache(1, 1), 0, 0),
+            lambda x: jnp.repeat(x, self._beams, axis=0), (cache, seen, log_prob_PxV)
         )
         rows = _Rows(cache, seen if self._filters.penalty else None)
         return rows, self._choices(alone_PxW, log_prob_RxV)
@@ -99,7 +97,7 @@ class BeamSearch:
         score_PxW: jax.Array,
         numbers: Numbers,
     ) -> tuple[_Rows, _Choices]:
-        cache = Cache(*(x[:, parent_R] for x in rows.cache))
+        cache = jax.tree.map(lambda x: x[parent_R], rows.cache)
         hidden, tapped, cache = self._mixture.extend(parameters, token_R[:, None], position_R[:, None], cache)
         seen = rows.seen_RxV
         if seen is not None:

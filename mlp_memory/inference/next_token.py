@@ -8,11 +8,13 @@ import numpy as np
 from flax import nnx
 
 from mlp_memory.decoder.config import Tap
+from mlp_memory.decoder.layers import separate
 from mlp_memory.decoder.transformer import Cache, Decoder
 from mlp_memory.inference.prompts import packed
 from mlp_memory.joint.gate import Gate, gate_weight
 from mlp_memory.joint.train import mixture_log_prob
 from mlp_memory.memory.mlp import Memory
+from mlp_memory.parallel.mesh import target_platform
 from mlp_memory.training.sparse_head import spread_of
 
 
@@ -47,6 +49,8 @@ class Mixture:
         dtype: Any = jnp.float32,
     ):
         self.config, self.tap, self.dtype = decoder.config, tap, jnp.dtype(dtype)
+        if target_platform() == "cpu":
+            decoder, memory = separate(decoder), memory and separate(memory)
         self._decoder_def, decoder_state = nnx.split(decoder)
         self._memory_def, memory_state = (None, None) if memory is None else nnx.split(memory)
         states = {"decoder": decoder_state, "memory": memory_state}
@@ -83,7 +87,8 @@ class Mixture:
         positions_BxT = jnp.broadcast_to(jnp.arange(length), (batch, length))
         hidden, tapped, cache = decoder.extend(tokens_BxT, positions_BxT, cache, self.tap, self.dtype)
         last = (jnp.arange(batch), lengths_B - 1)
-        return hidden[last], tapped[last], cache.grown(max(capacity, length))
+        room = max(capacity, length)
+        return hidden[last], tapped[last], [layer.grown(room) for layer in cache]
 
     def extend(
         self, parameters: dict[str, Any], tokens_BxT: jax.Array, positions_BxT: jax.Array, cache: Cache
