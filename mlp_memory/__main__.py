@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mlp_memory import pipeline
 from mlp_memory.artifacts import Directory, UserError, first_line
+from mlp_memory.inference.config import MODELS
 from mlp_memory.job import Job, is_there
 from mlp_memory.recipes import SAVED, load_config, resolved_gin
 
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "run": "every stage that is not yet done",
         **{stage.name: stage.help for stage in pipeline.STAGES},
         "generate": "continue a prompt, with and without memory",
+        "serving": "decoding as StableHLO with weights apart, for machines without this package",
         "status": "each stage's state, size and time",
     }
     for name, text in commands.items():
@@ -84,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
                 help="a decoder (pretrained.source): Hugging Face folder, GGUF or llama2.c file; "
                 "or a memory's folder (pretrained.memory)",
             )
+        if name == "serving":
+            command.add_argument("--output", help="folder to write; WORKDIR/serving if left out")
+            command.add_argument("--model", choices=MODELS, default="base_plus_memory")
+            command.add_argument("--batch", type=int, default=8, help="rows of the compiled programs")
+            command.add_argument("--prompt_tokens", type=int, default=512, help="longest prompt")
         if name == "generate":
             command.add_argument(
                 "--prompt",
@@ -93,10 +100,11 @@ def _parser() -> argparse.ArgumentParser:
             )
             command.add_argument(
                 "--model",
-                choices=("both", "base", "base_plus_memory", "joint"),
+                choices=("both", *MODELS),
                 default="both",
                 help="both: base, then base with memory",
             )
+        if name in ("generate", "serving"):
             command.add_argument(
                 "--interpolation",
                 type=_interpolation,
@@ -285,6 +293,19 @@ def _generate(args: argparse.Namespace, job: Job) -> None:
             print("\n" if many else "")
 
 
+def _serving(args: argparse.Namespace, job: Job) -> None:
+    from mlp_memory.interchange.serving import LOADER, export_serving
+    from mlp_memory.language_model import language_model
+
+    model = language_model(job, args.model, None if args.model == "base" else args.interpolation)
+    directory = Directory(args.output) if args.output else job.workdir / "serving"
+    special = {"bos": model.vocabulary.bos, "eos": model.vocabulary.eos}
+    export_serving(directory, model.mixture, model.config, args.batch, args.prompt_tokens, special)
+    for name, data in model.vocabulary.files.items():
+        directory.write(f"tokenizer/{name}", data)
+    print(f"{directory}: python {LOADER} --prompt='{special['bos']} ...' there continues token ids")
+
+
 def _setting(source: str) -> str:
     """Which of the `pretrained` section's models this is; what is gone is taken to have been a decoder."""
     from mlp_memory.interchange.source import open_source
@@ -315,6 +336,8 @@ def _dispatch(args: argparse.Namespace) -> None:
         print(status_table(job))
     elif args.stage == "generate":
         _generate(args, job)
+    elif args.stage == "serving":
+        _serving(args, job)
     else:
         importing = args.stage == "import"
         _one_stage(job, pipeline.import_stage(job, source) if importing else pipeline.find_stage(args.stage))

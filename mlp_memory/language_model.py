@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mlp_memory.artifacts import UserError
 from mlp_memory.corpus.vocabulary import Vocabulary
 from mlp_memory.inference.beam import BeamSearch
-from mlp_memory.inference.config import GenerateConfig
+from mlp_memory.inference.config import MODELS, GenerateConfig
 from mlp_memory.inference.generate import Steps, generate
 from mlp_memory.inference.next_token import Mixture
 from mlp_memory.inference.prompts import fitted
@@ -17,8 +17,6 @@ from mlp_memory.inference.texts import GrowingText
 
 if TYPE_CHECKING:
     from mlp_memory.job import Job
-
-MODELS = ("base", "base_plus_memory", "joint")
 
 
 class Likelihood(NamedTuple):

@@ -5,6 +5,9 @@ import dataclasses
 from mlp_memory.artifacts import UserError
 from mlp_memory.settings import check_number, check_positive, check_whole
 
+MODELS = ("base", "base_plus_memory", "joint")
+"""What can be continued: the decoder alone, with its memory, trained on under it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:

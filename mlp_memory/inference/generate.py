@@ -44,22 +44,21 @@ class Steps:
 
     def __init__(self, mixture: Mixture, filters: Filters):
         self.mixture, self.filters = mixture, filters
-        self._begin = jax.jit(self._prefill, static_argnames="capacity")
-        self._advance = jax.jit(self._step, donate_argnums=1)
+        self._begin = jax.jit(self.prefill, static_argnames="capacity")
+        self._advance = jax.jit(self.step, donate_argnums=1)
 
     def begin(self, prompts: list[list[int]], config: GenerateConfig) -> State:
         """Reads the prompts and draws each row's first token."""
         tokens_BxT, lengths_B = packed(prompts)
         capacity = rounded(lengths_B.max() + config.max_tokens)
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), np.arange(len(prompts)))
-        arrays = (tokens_BxT, lengths_B, keys_B, Numbers.of(config))
+        arrays = (tokens_BxT, lengths_B, row_keys(config.seed, len(prompts)), Numbers.of(config))
         return self._begin(self.mixture.parameters, *arrays, capacity=capacity)
 
     def advance(self, state: State, numbers: Numbers) -> State:
         """Reads each row's token and draws the next; the state's cache is used up."""
         return self._advance(self.mixture.parameters, state.cache, state._replace(cache=None), numbers)
 
-    def _prefill(
+    def prefill(
         self,
         parameters: dict[str, Any],
         tokens_BxT: jax.Array,
@@ -68,6 +67,7 @@ class Steps:
         numbers: Numbers,
         capacity: int,
     ) -> State:
+        """The program of `begin`: prompts padded on the right, and room for so many positions."""
         hidden, tapped, cache = self.mixture.prompt(parameters, tokens_BxT, lengths_B, capacity)
         seen_BxV = None
         if self.filters.penalty:
@@ -75,7 +75,8 @@ class Steps:
         state = State(cache, lengths_B, lengths_B - 1, jnp.int32(0), seen_BxV, keys_B)
         return self._drawn(parameters, state, hidden, tapped, numbers)
 
-    def _step(self, parameters: dict[str, Any], cache: Cache, state: State, numbers: Numbers) -> State:
+    def step(self, parameters: dict[str, Any], cache: Cache, state: State, numbers: Numbers) -> State:
+        """The program of `advance`."""
         tokens_Bx1, positions_Bx1 = state.token_B[:, None], state.position_B[:, None]
         hidden, tapped, cache = self.mixture.extend(parameters, tokens_Bx1, positions_Bx1, cache)
         state = state._replace(cache=cache)
@@ -91,6 +92,11 @@ class Steps:
     ) -> State:
         log_prob_BxV = self.mixture.next_token(parameters, hidden_BxD, tap_BxD).mixture_NxV
         return drawn(state, log_prob_BxV, self.filters, numbers)
+
+
+def row_keys(seed: int | jax.Array, rows: int) -> jax.Array:
+    """A random key for each row of a batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(rows))
 
 
 def drawn(state: State, log_prob_BxV: jax.Array, filters: Filters, numbers: Numbers) -> State:
