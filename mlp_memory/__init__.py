@@ -22,7 +22,7 @@ def load(
 
     Args:
       workdir: a folder, gs:// or s3://, that `run` has filled.
-      model: "base", "base_plus_memory" or "joint".
+      model: "base", "base_plus_memory", "joint", or kNN-LM: "knn_lm_exact", "knn_lm_scann".
       interpolation: λ, the memory's share; None for the best on validation, "gate" for a share of
         each token's own.
 

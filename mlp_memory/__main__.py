@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mlp_memory import pipeline
 from mlp_memory.artifacts import Directory, UserError, first_line
-from mlp_memory.inference.config import MODELS
+from mlp_memory.inference.config import MODELS, WITHOUT_SEARCH
 from mlp_memory.job import Job, is_there
 from mlp_memory.recipes import SAVED, load_config, resolved_gin
 
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         if name == "serving":
             command.add_argument("--output", help="folder to write; WORKDIR/serving if left out")
-            command.add_argument("--model", choices=MODELS, default="base_plus_memory")
+            command.add_argument("--model", choices=WITHOUT_SEARCH, default="base_plus_memory")
             command.add_argument("--batch", type=int, default=8, help="rows of the compiled programs")
             command.add_argument("--prompt_tokens", type=int, default=512, help="longest prompt")
         if name == "generate":

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlp_memory.memory.distill import ValidationRows
     from mlp_memory.memory.mlp import Memory
     from mlp_memory.memory.states import States
+    from mlp_memory.targets.knn_lm import Neighbors
 
 MADE_BY = {
     "corpus": "tokenize",
@@ -290,6 +291,23 @@ class Job:
         from mlp_memory.datastore.store import open_keys
 
         return open_keys(*self._datastore())
+
+    def neighbors(self) -> "Neighbors":
+        """kNN-LM over the datastore, as the targets were made."""
+        from mlp_memory.index.search import open_index
+        from mlp_memory.targets.knn_lm import Neighbors, temperatures
+
+        train, targets = self.stream("train"), self.manifest("targets").facts
+        keys, valid_N = self.keys(), train.has_next(0, len(train))
+        return Neighbors(
+            keys=keys,
+            valid_N=valid_N,
+            labels_N=train.labels(0, len(train)),
+            scann=open_index(self.workdir / "index", keys, valid_N, self.mesh).search,
+            k=targets["k"],
+            temperatures=temperatures(targets),
+            mesh=self.mesh,
+        )
 
     def states(self) -> Rows:
         """The hidden states of the datastore's rows, [N, D]."""

@@ -1,7 +1,7 @@
 """A workdir's models as one thing that continues and scores texts."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlp_memory.artifacts import UserError
@@ -35,11 +35,21 @@ class LanguageModel:
       vocabulary: of both.
       config: how texts are continued, unless a call says otherwise.
       context: longest window that texts are scored through.
+      steps: makes the programs that continue, of the mixture and filters; where it is not `Steps`, there are
+        no beams and no scores.
     """
 
-    def __init__(self, mixture: Mixture, vocabulary: Vocabulary, config: GenerateConfig, context: int):
+    def __init__(
+        self,
+        mixture: Mixture,
+        vocabulary: Vocabulary,
+        config: GenerateConfig,
+        context: int,
+        steps: Callable[[Mixture, Filters], Steps] = Steps,
+    ):
         self.mixture, self.vocabulary, self.config = mixture, vocabulary, config
         self._programs: dict[Any, Any] = {}
+        self._steps = steps
         self._scorer = Scorer(mixture, context)
 
     def generate(self, prompts: str | Sequence[str], **settings: Any) -> str | list[str]:
@@ -81,6 +91,7 @@ class LanguageModel:
 
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
         """log p(continuation | context) of each (context, continuation); both together begin a document."""
+        self._without_search("scores")
         counts, sequences = [], []
         for context, continuation in pairs:
             whole = self._encoded(context + continuation)
@@ -97,6 +108,10 @@ class LanguageModel:
     def score(self, texts: Sequence[str]) -> list[Likelihood]:
         """log p(text) of whole documents, their end not counted."""
         return self.log_likelihoods([("", text) for text in texts])
+
+    def _without_search(self, what: str) -> None:
+        if self._steps is not Steps:
+            raise UserError(f"kNN-LM continues texts only: for {what} take another model")
 
     def _with(self, settings: dict[str, Any]) -> GenerateConfig:
         try:
@@ -119,11 +134,12 @@ class LanguageModel:
     ) -> Iterator[list[tuple[int, int]]]:
         filters = Filters.of(config)
         if filters not in self._programs:
-            self._programs[filters] = Steps(self.mixture, filters)
+            self._programs[filters] = self._steps(self.mixture, filters)
         steps, eos = self._programs[filters], self.vocabulary.eos
         return generate(steps, prompts, eos, config, lambda row, tokens: texts[row].add(tokens[-1]))
 
     def _beam_search(self, config: GenerateConfig) -> BeamSearch:
+        self._without_search("beams")
         key = (Filters.of(config), config.beams)
         if key not in self._programs:
             self._programs[key] = BeamSearch(self.mixture, *key)
@@ -135,7 +151,7 @@ def language_model(job: "Job", model: str, interpolation: float | str | None = N
 
     Args:
       job: the workdir.
-      model: "base", "base_plus_memory" or "joint".
+      model: one of `MODELS`.
       interpolation: λ; None for the best on validation, "gate" for the λ of each token.
 
     Raises:
@@ -148,6 +164,9 @@ def language_model(job: "Job", model: str, interpolation: float | str | None = N
     number = isinstance(interpolation, int | float) and 0 <= interpolation < 1
     if interpolation not in (None, "gate") and not number:
         raise UserError(f"interpolation = {interpolation!r}: give a number in [0, 1) or 'gate'")
+    embed = job.embed_config
+    if model.startswith("knn_lm"):
+        return _knn_lm(job, model, interpolation)
     decoder, made = job.decoder("joint" if model == "joint" else "pretrain")
     memory, weight = None, 0.0
     stage = "joint_gate" if model == "joint" else "gate"
@@ -157,6 +176,23 @@ def language_model(job: "Job", model: str, interpolation: float | str | None = N
         weight = best if interpolation is None else interpolation
         if interpolation == "gate" and (weight := job.gate(stage)) is None:
             raise UserError(f"interpolation 'gate': there is none, run {stage} first (gate.enabled = True)")
-    embed = job.embed_config
     mixture = Mixture(decoder, memory, weight, embed.tap, compute_dtype("auto"))
     return LanguageModel(mixture, job.vocabulary(), job.config.generate, embed.context)
+
+
+def _knn_lm(job: "Job", model: str, interpolation: float | str | None) -> LanguageModel:
+    """The decoder with its datastore, searched at each step; λ and τ are the targets' choice."""
+    from mlp_memory.inference.knn_lm import KnnSteps
+
+    if interpolation == "gate":
+        raise UserError(f"model {model!r} has no gate: give interpolation a number, or leave it out")
+    facts, neighbors, embed = job.manifest("targets").facts, job.neighbors(), job.embed_config
+    weight = facts["temperature_choice"].get("lambda", 0.25) if interpolation is None else interpolation
+    search = neighbors.resident if model == "knn_lm_exact" else neighbors.scann
+    mixture = Mixture(job.decoder()[0], None, 0.0, embed.tap)
+
+    def steps(mixture: Mixture, filters: Filters) -> KnnSteps:
+        tau = facts["temperature"]
+        return KnnSteps(mixture, filters, lambda taps: neighbors.distribution(search, taps, tau), weight)
+
+    return LanguageModel(mixture, job.vocabulary(), job.config.generate, embed.context, steps)

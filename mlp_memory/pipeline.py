@@ -19,7 +19,7 @@ from mlp_memory.job import TOKENIZER, Job
 if TYPE_CHECKING:
     from mlp_memory.datastore import embed as embedding
     from mlp_memory.decoder.score import RowReader
-    from mlp_memory.evaluation.score import Neighbors, Systems
+    from mlp_memory.evaluation.score import Systems
     from mlp_memory.interchange.source import Source
     from mlp_memory.targets.units import Inputs
 
@@ -286,27 +286,9 @@ def _systems(job: Job) -> "Systems":
         joint=reader("joint"),
         baseline=reader("baseline"),
         memory=job.memory()[0],
-        neighbors=_neighbors(job) if _distills(job.config) else None,
+        neighbors=job.neighbors() if _distills(job.config) else None,
         gate=job.gate("gate"),
         joint_gate=job.gate("joint_gate"),
-        mesh=job.mesh,
-    )
-
-
-def _neighbors(job: Job) -> "Neighbors":
-    from mlp_memory.evaluation.score import Neighbors
-    from mlp_memory.evaluation.stage import temperatures
-    from mlp_memory.index.search import open_index
-
-    train, targets = job.stream("train"), job.manifest("targets").facts
-    keys, valid_N = job.keys(), train.has_next(0, len(train))
-    return Neighbors(
-        keys=keys,
-        valid_N=valid_N,
-        labels_N=train.labels(0, len(train)),
-        scann=open_index(job.workdir / "index", keys, valid_N, job.mesh).search,
-        k=targets["k"],
-        temperatures=temperatures(targets),
         mesh=job.mesh,
     )
 

@@ -13,54 +13,15 @@ from mlp_memory.arrays import ArrayReader, ChunkWriter
 from mlp_memory.artifacts import ArraySpec, Directory
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.datastore.config import EmbedConfig
-from mlp_memory.datastore.store import KeyStore
 from mlp_memory.decoder.score import RowReader
 from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.decoder.windows import Ranges, cut, read
-from mlp_memory.index.exact import exact_search
 from mlp_memory.inference.next_token import Mixture, Predictor
 from mlp_memory.joint.gate import Gate, gate_weight
 from mlp_memory.memory.mlp import Memory
 from mlp_memory.memory.score import memory_scores
-from mlp_memory.targets.knn import knn_log_prob
+from mlp_memory.targets.knn_lm import Neighbors
 from mlp_memory.training.progress import Progress
-
-Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
-"""(queries [Q, D], k) -> rows [Q, k], squared distances [Q, k]."""
-
-_FLOOR = -1e4
-"""Stands for log 0 in the arrays, which hold finite numbers only; e^-10000 is 0."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Neighbors:
-    """kNN-LM's part of what is compared.
-
-    Attributes:
-      keys, valid_N, labels_N: the datastore, its rows with a next token, and those tokens.
-      scann: approximate search.
-      k: neighbours.
-      temperatures: τ grid.
-      mesh: devices of exact search.
-    """
-
-    keys: KeyStore
-    valid_N: np.ndarray
-    labels_N: np.ndarray
-    scann: Search
-    k: int
-    temperatures: tuple[float, ...]
-    mesh: Mesh
-
-    def exact(self, queries_QxD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Exact search over the datastore, queries in its searched space."""
-        return exact_search(self.keys, self.valid_N, queries_QxD, k, self.mesh)
-
-    def log_prob(self, search: Search, taps_QxD: np.ndarray, next_Q: np.ndarray) -> np.ndarray:
-        """log p_kNN(next token), [Q, temperatures]."""
-        rows_Qxk, sqdist_Qxk = search(self.keys.queries(taps_QxD), self.k)
-        found = knn_log_prob(rows_Qxk, sqdist_Qxk, self.labels_N[rows_Qxk], self.temperatures, next_Q)
-        return np.maximum(found, _FLOOR).T
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from mlp_memory.evaluation.evaluate import summarize
 from mlp_memory.evaluation.report import write_report
 from mlp_memory.evaluation.samples import sample_predictions
 from mlp_memory.evaluation.score import Systems, arrays_of, score_split
+from mlp_memory.targets.knn_lm import temperatures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +53,6 @@ class Inputs:
     corpus: dict[str, dict[str, Any]]
     certificate: dict[str, Any] | None = None
     gates: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-
-
-def temperatures(targets: dict[str, Any]) -> tuple[float, ...]:
-    """τ tried for kNN-LM: what the targets' own choice was made from, or the one given."""
-    return tuple(targets["temperature_choice"].get("temperatures", [targets["temperature"]]))
 
 
 def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[str, Any]:

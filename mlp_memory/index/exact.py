@@ -1,6 +1,7 @@
 """Exact nearest neighbours by brute force on a mesh of devices: the oracle of recall, and a backend."""
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -59,33 +60,70 @@ def exact_search(
     Raises:
       ValueError: shapes, dtypes or the recall do not fit.
     """
-    rows_total, dimension = keys_NxD.shape
-    if valid_N.dtype != np.bool_ or valid_N.shape != (rows_total,):
-        raise ValueError(f"valid rows: bool[{rows_total}] expected, got {valid_N.dtype}{valid_N.shape}")
-    if queries_QxD.ndim != 2 or queries_QxD.shape[1] != dimension or k < 1:
-        raise ValueError(f"queries {queries_QxD.shape}, k = {k} for keys {keys_NxD.shape}")
-    goal = recall_goal(mesh, approximate_recall)
-    devices = jax.local_devices()[:1] if mesh is None else mesh.devices.reshape(-1)
-    flat = Mesh(np.asarray(devices), (_AXIS,))
-    count = len(queries_QxD)
-    best_rows = np.full((count, k), -1, np.int64)
-    best_sqdist = np.full((count, k), np.inf, np.float32)
-    device_rows, block_rows = _grid(rows_total, len(devices), dimension)
-    superblock_rows = device_rows * len(devices)
-    for start in range(0, rows_total, superblock_rows):
-        keys_SxD, penalty_S = _superblock(keys_NxD, valid_N, start, superblock_rows, flat)
-        for first in range(0, count, _QUERY_ROWS):
-            batch = slice(first, min(first + _QUERY_ROWS, count))
-            queries_BxD = np.zeros((_QUERY_ROWS, dimension), np.float32)
-            queries_BxD[: batch.stop - first] = queries_QxD[batch]
-            position_Bxk, sqdist_Bxk = jax.device_get(
-                _search_superblock(keys_SxD, penalty_S, queries_BxD, flat, k, block_rows, goal)
+    index = ExactIndex(keys_NxD, valid_N, mesh, approximate_recall, resident=False)
+    return index.search(queries_QxD, k)
+
+
+class ExactIndex:
+    """Exact search, its keys on the devices if so wished: for many small searches, one a decoding step, say.
+
+    Args:
+      keys_NxD, valid_N, mesh, approximate_recall: see `exact_search`.
+      resident: whether the keys stay on the devices, 4 bytes a value.
+    """
+
+    def __init__(
+        self,
+        keys_NxD: Rows,
+        valid_N: np.ndarray,
+        mesh: Mesh | None = None,
+        approximate_recall: float | None = None,
+        resident: bool = True,
+    ):
+        rows_total, dimension = keys_NxD.shape
+        if valid_N.dtype != np.bool_ or valid_N.shape != (rows_total,):
+            raise ValueError(f"valid rows: bool[{rows_total}] expected, got {valid_N.dtype}{valid_N.shape}")
+        self._keys_NxD, self._valid_N = keys_NxD, valid_N
+        self._goal = recall_goal(mesh, approximate_recall)
+        devices = jax.local_devices()[:1] if mesh is None else mesh.devices.reshape(-1)
+        self._mesh = Mesh(np.asarray(devices), (_AXIS,))
+        device_rows, self._block_rows = _grid(rows_total, len(devices), dimension)
+        self._superblock_rows = device_rows * len(devices)
+        self._resident = list(self._superblocks()) if resident else None
+
+    def _superblocks(self) -> Iterator[tuple[int, jax.Array, jax.Array]]:
+        for start in range(0, len(self._valid_N), self._superblock_rows):
+            yield (
+                start,
+                *_superblock(self._keys_NxD, self._valid_N, start, self._superblock_rows, self._mesh),
             )
-            found = slice(0, batch.stop - first)
-            sqdist = np.concatenate([best_sqdist[batch], sqdist_Bxk[found]], axis=1)
-            rows = np.concatenate([best_rows[batch], position_Bxk[found].astype(np.int64) + start], axis=1)
-            best_rows[batch], best_sqdist[batch] = nearest_first(rows, sqdist, k)
-    return best_rows, best_sqdist
+
+    def search(self, queries_QxD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `exact_search`."""
+        if queries_QxD.ndim != 2 or queries_QxD.shape[1] != self._keys_NxD.shape[1] or k < 1:
+            raise ValueError(f"queries {queries_QxD.shape}, k = {k} for keys {self._keys_NxD.shape}")
+        count, at_once = len(queries_QxD), _QUERY_ROWS
+        if self._resident is not None:  # as few as there are: a step of decoding asks for a batch's rows
+            at_once = min(_QUERY_ROWS, 1 << max(count - 1, 0).bit_length())
+        best_rows = np.full((count, k), -1, np.int64)
+        best_sqdist = np.full((count, k), np.inf, np.float32)
+        for start, keys_SxD, penalty_S in self._superblocks() if self._resident is None else self._resident:
+            for first in range(0, count, at_once):
+                batch = slice(first, min(first + at_once, count))
+                queries_BxD = np.zeros((at_once, queries_QxD.shape[1]), np.float32)
+                queries_BxD[: batch.stop - first] = queries_QxD[batch]
+                position_Bxk, sqdist_Bxk = jax.device_get(
+                    _search_superblock(
+                        keys_SxD, penalty_S, queries_BxD, self._mesh, k, self._block_rows, self._goal
+                    )
+                )
+                found = slice(0, batch.stop - first)
+                sqdist = np.concatenate([best_sqdist[batch], sqdist_Bxk[found]], axis=1)
+                rows = np.concatenate(
+                    [best_rows[batch], position_Bxk[found].astype(np.int64) + start], axis=1
+                )
+                best_rows[batch], best_sqdist[batch] = nearest_first(rows, sqdist, k)
+        return best_rows, best_sqdist
 
 
 def recall_goal(mesh: Mesh | None, approximate_recall: float | None) -> float:

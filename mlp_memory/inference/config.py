@@ -5,8 +5,9 @@ import dataclasses
 from mlp_memory.artifacts import UserError
 from mlp_memory.settings import check_number, check_positive, check_whole
 
-MODELS = ("base", "base_plus_memory", "joint")
-"""What can be continued: the decoder alone, with its memory, trained on under it."""
+WITHOUT_SEARCH = ("base", "base_plus_memory", "joint")
+MODELS = (*WITHOUT_SEARCH, "knn_lm_exact", "knn_lm_scann")
+"""What can be continued: the decoder alone, with its memory, trained on under it, with its datastore."""
 
 
 @dataclasses.dataclass(frozen=True)

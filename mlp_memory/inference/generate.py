@@ -9,7 +9,7 @@ import numpy as np
 
 from mlp_memory.decoder.transformer import Cache
 from mlp_memory.inference.config import GenerateConfig
-from mlp_memory.inference.next_token import Mixture
+from mlp_memory.inference.next_token import Mixture, NextToken
 from mlp_memory.inference.prompts import packed, rounded, seen_tokens
 from mlp_memory.inference.sampling import Filters, Numbers, draw
 
@@ -49,10 +49,8 @@ class Steps:
 
     def begin(self, prompts: list[list[int]], config: GenerateConfig) -> State:
         """Reads the prompts and draws each row's first token."""
-        tokens_BxT, lengths_B = packed(prompts)
-        capacity = rounded(lengths_B.max() + config.max_tokens)
-        arrays = (tokens_BxT, lengths_B, row_keys(config.seed, len(prompts)), Numbers.of(config))
-        return self._begin(self.mixture.parameters, *arrays, capacity=capacity)
+        arrays, capacity = inputs(prompts, config)
+        return self._begin(self.mixture.parameters, *arrays, Numbers.of(config), capacity=capacity)
 
     def advance(self, state: State, numbers: Numbers) -> State:
         """Reads each row's token and draws the next; the state's cache is used up."""
@@ -68,30 +66,44 @@ class Steps:
         capacity: int,
     ) -> State:
         """The program of `begin`: prompts padded on the right, and room for so many positions."""
+        state, said = self.read_prompts(parameters, tokens_BxT, lengths_B, keys_B, capacity)
+        return drawn(state, said.mixture_NxV, self.filters, numbers)
+
+    def step(self, parameters: dict[str, Any], cache: Cache, state: State, numbers: Numbers) -> State:
+        """The program of `advance`."""
+        state, said = self.read_token(parameters, cache, state)
+        return drawn(state, said.mixture_NxV, self.filters, numbers)
+
+    def read_prompts(
+        self,
+        parameters: dict[str, Any],
+        tokens_BxT: jax.Array,
+        lengths_B: jax.Array,
+        keys_B: jax.Array,
+        capacity: int,
+    ) -> tuple[State, NextToken]:
+        """`prefill` up to the draw."""
         hidden, tapped, cache = self.mixture.prompt(parameters, tokens_BxT, lengths_B, capacity)
         seen_BxV = None
         if self.filters.penalty:
             seen_BxV = seen_tokens(tokens_BxT, lengths_B, self.mixture.config.vocab_size)
         state = State(cache, lengths_B, lengths_B - 1, jnp.int32(0), seen_BxV, keys_B)
-        return self._drawn(parameters, state, hidden, tapped, numbers)
+        return state, self.mixture.next_token(parameters, hidden, tapped)
 
-    def step(self, parameters: dict[str, Any], cache: Cache, state: State, numbers: Numbers) -> State:
-        """The program of `advance`."""
+    def read_token(self, parameters: dict[str, Any], cache: Cache, state: State) -> tuple[State, NextToken]:
+        """`step` up to the draw."""
         tokens_Bx1, positions_Bx1 = state.token_B[:, None], state.position_B[:, None]
         hidden, tapped, cache = self.mixture.extend(parameters, tokens_Bx1, positions_Bx1, cache)
-        state = state._replace(cache=cache)
-        return self._drawn(parameters, state, hidden[:, 0], tapped[:, 0], numbers)
+        return state._replace(cache=cache), self.mixture.next_token(parameters, hidden[:, 0], tapped[:, 0])
 
-    def _drawn(
-        self,
-        parameters: dict[str, Any],
-        state: State,
-        hidden_BxD: jax.Array,
-        tap_BxD: jax.Array,
-        numbers: Numbers,
-    ) -> State:
-        log_prob_BxV = self.mixture.next_token(parameters, hidden_BxD, tap_BxD).mixture_NxV
-        return drawn(state, log_prob_BxV, self.filters, numbers)
+
+def inputs(
+    prompts: list[list[int]], config: GenerateConfig
+) -> tuple[tuple[np.ndarray, np.ndarray, jax.Array], int]:
+    """Tokens [B, T], lengths [B] and keys [B] of a batch, and the positions that it wants room for."""
+    tokens_BxT, lengths_B = packed(prompts)
+    capacity = rounded(lengths_B.max() + config.max_tokens)
+    return (tokens_BxT, lengths_B, row_keys(config.seed, len(prompts))), capacity
 
 
 def row_keys(seed: int | jax.Array, rows: int) -> jax.Array:

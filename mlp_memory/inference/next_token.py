@@ -19,12 +19,13 @@ from mlp_memory.training.sparse_head import spread_of
 
 
 class NextToken(NamedTuple):
-    """Natural-log probabilities, [N, V] float32, and λ [N]; None without a memory."""
+    """Natural-log probabilities [N, V], λ [N] and taps [N, D], float32; None where there is no memory."""
 
     base_NxV: jax.Array
     memory_NxV: jax.Array | None
     mixture_NxV: jax.Array
     weight_N: jax.Array | None
+    tap_NxD: jax.Array
 
 
 class Mixture:
@@ -102,7 +103,7 @@ class Mixture:
         decoder = nnx.merge(self._decoder_def, parameters["decoder"])
         base_NxV = jax.nn.log_softmax(decoder.logits(hidden_NxD))
         if self._memory_def is None:
-            return NextToken(base_NxV, None, base_NxV, None)
+            return NextToken(base_NxV, None, base_NxV, None, tap_NxD)
         memory = nnx.merge(self._memory_def, parameters["memory"])
         z_NxV = jnp.matmul(
             memory(tap_NxD, dtype=self.dtype),
@@ -115,7 +116,7 @@ class Mixture:
             weight_N = gate_weight(weight_N, spread_of(base_NxV), spread_of(memory_NxV), tap_NxD)
         weight_N = jnp.broadcast_to(weight_N, (len(hidden_NxD),))
         mixture_NxV = mixture_log_prob(memory_NxV, base_NxV, weight_N[:, None])
-        return NextToken(base_NxV, memory_NxV, mixture_NxV, weight_N)
+        return NextToken(base_NxV, memory_NxV, mixture_NxV, weight_N, tap_NxD)
 
 
 class Predictor:

@@ -170,6 +170,18 @@ def test_a_batch_says_what_each_prompt_says_alone_and_a_stream_says_it_piece_by_
     assert model.generate([]) == []
 
 
+@pytest.mark.parametrize("name", ["knn_lm_exact", "knn_lm_scann"])
+def test_the_datastore_continues_texts_too_and_does_only_that(small_run, name):
+    model = mlp_memory_package.load(str(small_run), name)
+    prompts = ["abc def", "a longer beginning of a text"]
+    texts = model.generate(prompts, max_tokens=6)
+    assert texts == [model.generate(prompt, max_tokens=6) for prompt in prompts]
+    assert all(texts)
+    for wrong in ({"beams": 2}, None):
+        with pytest.raises(UserError, match="kNN-LM continues texts only"):
+            model.generate("abc", **wrong) if wrong else model.score(["abc"])
+
+
 def test_seeds_repeat_and_differ(model):
     drawn = [model.generate("abc", temperature=1.0, seed=seed) for seed in (3, 3, 4)]
     assert drawn[0] == drawn[1] != drawn[2]
