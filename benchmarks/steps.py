@@ -73,7 +73,7 @@ class JaxStep:
         )
         dtype = jnp.dtype(sizes.dtype)
 
-        def dense_loss(model: Memory, frozen: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+        def dense_loss(model: Memory, frozen: Any, batch: dict[str, jax.Array], *_: jax.Array) -> jax.Array:
             hidden_NxD = model(batch["h"], dtype=dtype, remat=sizes.remat)
             kernel_DxV = model.head_kernel().astype(dtype)
             z_NxV = jnp.matmul(hidden_NxD, kernel_DxV, preferred_element_type=jnp.float32)
@@ -111,7 +111,7 @@ class JaxStep:
         import jax
 
         def loss(params: Any) -> jax.Array:
-            total = self.task.loss(self.run.model(params), None, self.batch, jax.random.key(0))
+            total = self.task.loss(self.run.model(params), None, self.batch, jax.random.key(0), 0)
             return total / self.batch["labels"].size
 
         value, gradients = jax.jit(jax.value_and_grad(loss))(self.state["params"])

@@ -57,6 +57,8 @@ class Config:
     def __post_init__(self):
         if not self.pretrained.source:  # an imported decoder's shape is known once it is opened
             self.check_decoder(self.decoder)
+        if self.joint.interpolation == "gate" and not self.gate.enabled:
+            raise UserError("joint.interpolation = 'gate' and gate.enabled = False: enable the gate")
         for name in self.gate.guards:
             if name not in self.corpus.elsewhere:
                 known = ", ".join(self.corpus.elsewhere) or "none"

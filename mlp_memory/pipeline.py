@@ -196,6 +196,9 @@ def _joint(job: Job, directory: Directory) -> None:
 
     manifest = _begin("joint", "joint", job, directory)
     memory, distilled = job.memory()
+    weight = distilled.facts["validation"]["validation_lambda"]
+    if job.config.joint.interpolation == "gate":
+        weight = job.gate()
     train_joint(
         directory,
         manifest,
@@ -203,7 +206,7 @@ def _joint(job: Job, directory: Directory) -> None:
         job.embed_config,
         job.decoder()[0],
         memory,
-        distilled.facts["validation"]["validation_lambda"],
+        weight,
         job.stream("train"),
         job.stream("validation"),
         job.mesh,
@@ -382,6 +385,11 @@ def _export_parents(config: Config) -> tuple[str, ...]:
     return ("corpus/vocabulary", "decoder", "memory", *(("joint",) if _wants_joint(config) else ()))
 
 
+def _joint_parents(config: Config) -> tuple[str, ...]:
+    gate = ("gate",) if config.joint.interpolation == "gate" else ()
+    return ("corpus/train", "corpus/validation", "decoder", "memory", *gate)
+
+
 def _gate_parents(decoder: str) -> Callable[[Config], tuple[str, ...]]:
     """Of a gate for the decoder in that folder."""
 
@@ -486,7 +494,7 @@ STAGES: tuple[Stage, ...] = (
         "joint",
         "train the decoder on, memory frozen",
         _joint_settings,
-        _from("corpus/train", "corpus/validation", "decoder", "memory"),
+        _joint_parents,
         _joint,
         wanted=_wants_joint,
         together=True,

@@ -28,7 +28,8 @@ from mlp_memory.decoder.pretrain import pretrain_task
 from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.decoder.windows import batch_shapes as window_shapes
 from mlp_memory.dry_run import resolved_shapes
-from mlp_memory.joint.train import joint_task
+from mlp_memory.joint.gate import SIGNALS, Gate
+from mlp_memory.joint.train import joint_flops, joint_task
 from mlp_memory.memory.distill import batch_shapes, distill_task
 from mlp_memory.memory.mlp import Memory
 from mlp_memory.memory.states import RecomputedStates, States, StoredStates
@@ -223,10 +224,13 @@ def _task(
         task = pretrain_task("pretrain", decoder, settings, mesh)
         return task, settings, batch, decoder.train_flops(task.unit_per_step, settings.context)
     frozen = without_numbers(lambda: Memory(memory, nnx.Rngs(0)), mesh)
-    weight = 0.5 if settings.interpolation == "auto" else float(settings.interpolation)
-    task = joint_task(decoder, frozen, settings, config.embed.tap, weight, mesh)
-    flops = decoder.train_flops(task.unit_per_step, settings.context)
-    return task, settings, batch, flops + memory.train_flops(task.unit_per_step) * 2 // 3
+    weight = 0.5 if isinstance(settings.interpolation, str) else float(settings.interpolation)
+    if settings.interpolation == "gate":
+        signals = [np.zeros(len(SIGNALS) + decoder.dim, np.float32)] * 3
+        weight = Gate(*signals, np.float32(0), np.float32(1))
+    start = without_numbers(lambda: Decoder(decoder, nnx.Rngs(0)), mesh)
+    task = joint_task(start, frozen, settings, config.embed.tap, weight, mesh)
+    return task, settings, batch, joint_flops(decoder, memory, settings, task.unit_per_step)
 
 
 def _states(config: Config, decoder: DecoderConfig, mesh: Mesh) -> States:

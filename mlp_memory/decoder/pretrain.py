@@ -37,7 +37,7 @@ def pretrain_task(name: str, model_config: DecoderConfig, config: PretrainConfig
     return Task(
         name=name,
         make_model=lambda rngs: Decoder(model_config, rngs),
-        loss=lambda model, frozen, batch, key: language_model_loss(model, dtype, batch, config.remat, mesh),
+        loss=lambda model, frozen, batch, *_: language_model_loss(model, dtype, batch, config.remat, mesh),
         unit="tokens",
         unit_per_step=config.batch_size * config.context,
     )

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from mlp_memory.artifacts import UserError, runtime
+from mlp_memory.artifacts import UserError, later, runtime
 from mlp_memory.decoder.config import PretrainConfig
-from mlp_memory.settings import check_number, check_whole
+from mlp_memory.settings import check_number, check_positive, check_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,20 +13,50 @@ class JointConfig(PretrainConfig):
 
     Attributes:
       enabled: whether it is done; None where the memory is made here, not imported.
-      interpolation: λ during training, or "auto": the best on validation after distilling.
+      interpolation: λ during training; "auto" is the best on validation after distilling, "gate" the gate's
+        λ of each token.
+      interpolation_start: λ of the first step, from which it goes in a straight line to `interpolation`;
+        None for none.
+      interpolation_steps: over so many steps.
       through_memory: gradient reaches the decoder through the memory's input too.
+      kl: weight of KL(p_start ‖ p_LM), nats a token, which holds the decoder to where it started.
+      adapter_rank: of low-rank adapters, which are trained in place of the decoder's own weights and merged
+        into them at the end; 0 for none.
+      adapter_alpha: adapters count alpha / rank times.
     """
 
     enabled: bool | None = runtime(None)
     interpolation: float | str = "auto"
     through_memory: bool = True
+    interpolation_start: float | None = later(None)
+    interpolation_steps: int = later(0)
+    kl: float = later(0.0)
+    adapter_rank: int = later(0)
+    adapter_alpha: float = later(16.0)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.interpolation != "auto" and not (
-            isinstance(self.interpolation, int | float) and 0 <= self.interpolation < 1
+        if self.interpolation not in ("auto", "gate") and not _is_weight(self.interpolation):
+            raise UserError(
+                f"joint.interpolation = {self.interpolation!r}: use 'auto', 'gate' or a number in [0, 1)"
+            )
+        check_whole(self, {"interpolation_steps": 0, "adapter_rank": 0})
+        check_number(self, {"kl": (0.0, float("inf"))})
+        check_positive(self, "adapter_alpha")
+        start = self.interpolation_start
+        if start is not None and not _is_weight(start):
+            raise UserError(f"joint.interpolation_start = {start!r}: give a number in [0, 1), or None")
+        if (start is None) != (self.interpolation_steps == 0) or (
+            start is not None and self.interpolation == "gate"
         ):
-            raise UserError(f"joint.interpolation = {self.interpolation!r}: use 'auto' or a number in [0, 1)")
+            raise UserError(
+                f"joint.interpolation_start = {start!r}, interpolation_steps = {self.interpolation_steps}: "
+                "give both, or neither, and neither where a gate gives λ"
+            )
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
 
 
 @dataclasses.dataclass(frozen=True)

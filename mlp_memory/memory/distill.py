@@ -142,7 +142,7 @@ def distill_task(model_config: MemoryConfig, config: DistillConfig, states: Stat
     return Task(
         name="distill",
         make_model=lambda rngs: Memory(model_config, rngs),
-        loss=lambda model, frozen, batch, key: distillation_loss(
+        loss=lambda model, frozen, batch, key, step: distillation_loss(
             model, {**batch, "h": states.of(frozen, batch)}, config.alpha, key, dtype, config.remat, mesh
         ),
         unit="rows",

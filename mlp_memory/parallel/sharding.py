@@ -24,6 +24,7 @@ RULES: dict[str, str | None] = {
     "norm": None,
     "position": None,
     "input": None,
+    "rank": None,
 }
 """Logical axis -> mesh axis (None: replicated)."""
 

@@ -40,7 +40,7 @@ class Task:
     Attributes:
       name: for people.
       make_model: builds the model from seeds.
-      loss: (model, frozen, batch, key) -> the loss summed over the batch, a float32 scalar.
+      loss: (model, frozen, batch, key, step) -> the loss summed over the batch, a float32 scalar.
         It is divided by the sum of batch["weight"]; a batch entry "rows" names the
         elements in error messages and is not given to the loss.
       unit: what a step consumes, for the rate shown.
@@ -49,17 +49,19 @@ class Task:
       evaluate: validation figures of a model; must hold "validation_loss"; None as above.
       frozen: pytree handed to `loss`, not differentiated.
       initial: parameters to start from, a pure dict; None for fresh ones.
+      published: the model that becomes of the trained one; None for itself.
     """
 
     name: str
     make_model: Callable[[nnx.Rngs], nnx.Module]
-    loss: Callable[[nnx.Module, Any, Batch, jax.Array], jax.Array]
+    loss: Callable[[nnx.Module, Any, Batch, jax.Array, jax.Array], jax.Array]
     unit: str
     unit_per_step: int
     batches: Batches | None = None
     evaluate: Callable[[nnx.Module], dict[str, float]] | None = None
     frozen: Any = None
     initial: Any = None
+    published: Callable[[nnx.Module], nnx.Module] | None = None
 
 
 def compute_dtype(name: str) -> Any:
@@ -132,7 +134,7 @@ class Run:
         split = {k: jnp.moveaxis(v.reshape(-1, parts, *v.shape[1:]), 1, 0) for k, v in batch.items()}
 
         def loss_of(params: Any, part: Batch, key: jax.Array) -> jax.Array:
-            return self.task.loss(self.model(params), frozen, part, key)
+            return self.task.loss(self.model(params), frozen, part, key, step)
 
         def add(total: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             part, index = xs
@@ -250,14 +252,17 @@ def train(
     with contextlib.closing(_StopRequest()) as stop, contextlib.closing(steps):
         _take_steps(run, directory, steps, stop)
         best, figures = steps.best()
-        params = steps.load(best, run.abstract_state())["params"]
+        model = run.model(steps.load(best, run.abstract_state())["params"])
+    if task.published:
+        facts = {**facts, "trained_parameters": checkpoints.count_parameters(model)}
+        model = task.published(model)
     return checkpoints.publish(
         directory,
         manifest,
-        params,
+        nnx.to_pure_dict(nnx.state(model)),
         step=best,
         validation=figures,
-        parameters=checkpoints.count_parameters(run.model(params)),
+        parameters=checkpoints.count_parameters(model),
         **facts,
     )
 

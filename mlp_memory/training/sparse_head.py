@@ -77,6 +77,27 @@ def label_log_prob(
     return -_per_token(head, hidden_NxD, kernel_DxV, labels_N[:, None], ones_Nx1)
 
 
+def divergence(
+    start_NxD: jax.Array,
+    start_kernel_DxV: jax.Array,
+    hidden_NxD: jax.Array,
+    kernel_DxV: jax.Array,
+    weights_N: jax.Array,
+    mesh: Mesh | None = None,
+    chunk_elements: int | None = None,
+) -> jax.Array:
+    """Σ weight · KL(p_start ‖ p), nats, a float32 scalar; the gradient is taken for p in the same pass.
+
+    Args:
+      start_NxD, start_kernel_DxV: states and output projection of p_start, which are data.
+      hidden_NxD, kernel_DxV: those of p.
+      weights_N: of the tokens; data.
+      mesh, chunk_elements: see `sparse_cross_entropy`.
+    """
+    fixed = (start_NxD, start_kernel_DxV.astype(start_NxD.dtype), weights_N)
+    return _diverged(_head(mesh, chunk_elements), hidden_NxD, kernel_DxV, *map(jax.lax.stop_gradient, fixed))
+
+
 class Spread(NamedTuple):
     """How sure next-token distributions are, nats, [N] float32 each.
 
@@ -143,6 +164,23 @@ def _per_token_backward(head: "_Head", kept: tuple[jax.Array, ...], pull_N: jax.
 
 
 _per_token.defvjp(_per_token_forward, _per_token_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _diverged(head: "_Head", *arrays: jax.Array):
+    return head.divergence(*arrays)[0].sum()
+
+
+def _diverged_forward(head: "_Head", *arrays: jax.Array):
+    loss_N, *gradients = head.divergence(*arrays)
+    return loss_N.sum(), gradients
+
+
+def _diverged_backward(head: "_Head", gradients: list[jax.Array], pull: jax.Array):
+    return *((pull * g.astype(jnp.float32)).astype(g.dtype) for g in gradients), None, None, None
+
+
+_diverged.defvjp(_diverged_forward, _diverged_backward)
 
 
 def _head(mesh: Mesh | None, chunk_elements: int | None) -> "_Head":
@@ -215,24 +253,71 @@ class _Head:
                 local_CxM, owned_CxM = self._local(ids_CxM, z_CxV.shape[1])
                 rows_Cx1 = jnp.arange(len(dz_CxV))[:, None]
                 dz_CxV = dz_CxV.at[rows_Cx1, local_CxM].add(-jnp.where(owned_CxM, t_CxM, 0))
-                dz_CxV = dz_CxV.astype(h_CxD.dtype)
-                dw_VxD += jnp.einsum("cv,cd->vd", dz_CxV, h_CxD, preferred_element_type=jnp.float32)
-                dh_CxD = jnp.einsum("cv,dv->cd", dz_CxV, w_DxV, preferred_element_type=jnp.float32)
-                return dw_VxD, (loss_C, dh_CxD.astype(h_CxD.dtype))
+                dw_VxD, dh_CxD = self._pulled(dz_CxV, h_CxD, w_DxV, dw_VxD)
+                return dw_VxD, (loss_C, dh_CxD)
 
             zero = jnp.zeros(w_DxV.shape[::-1], jnp.float32)
             dw_VxD, (loss_N, dh_NxD) = self._scan(chunk, zero, (h_NxD, *xs_N), w_DxV.shape[1])
-            if self.mesh is not None:
-                dh_NxD = jax.lax.psum(dh_NxD, _TENSOR)
-                dw_VxD = jax.lax.psum_scatter(dw_VxD, _SHARDS, scatter_dimension=1, tiled=True)
-                dw_VxD = jax.lax.psum(dw_VxD, _COPIES)
-            return loss_N, dh_NxD, dw_VxD.T
+            return loss_N, *self._over_mesh(dh_NxD, dw_VxD)
 
         ins = (_TOKENS, _GATHERED, *(_TOKENS for _ in (ids_NxM, t_NxM, *known)))
         outs = (_TOKENS, _TOKENS, _SHARDED)
         arrays = (h_NxD, w_DxV.astype(h_NxD.dtype), ids_NxM, t_NxM, *known)
         loss_N, dh_NxD, dw_DxV = self._on_mesh(local, ins, outs)(*arrays)
         return loss_N, dh_NxD, dw_DxV.astype(w_DxV.dtype)
+
+    def divergence(
+        self, h_NxD: jax.Array, w_DxV: jax.Array, start_NxD: jax.Array, start_DxV: jax.Array, t_N: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """t · KL(p_start ‖ p), and the gradients of its sum with respect to p's states and kernel."""
+
+        def local(
+            h_NxD: jax.Array, w_DxV: jax.Array, start_NxD: jax.Array, start_DxV: jax.Array, t_N: jax.Array
+        ) -> tuple[jax.Array, ...]:
+            def chunk(dw_VxD: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple]:
+                h_CxD, start_CxD, t_C = xs
+                log_p_CxV = self._log_p(self._logits(h_CxD, w_DxV))
+                log_start_CxV = self._log_p(self._logits(start_CxD, start_DxV))
+                start_CxV = jnp.exp(log_start_CxV)
+                loss_C = t_C * (start_CxV * (log_start_CxV - log_p_CxV)).sum(-1)
+                dz_CxV = (jnp.exp(log_p_CxV) - start_CxV) * t_C[:, None]
+                dw_VxD, dh_CxD = self._pulled(dz_CxV, h_CxD, w_DxV, dw_VxD)
+                return dw_VxD, (loss_C, dh_CxD)
+
+            zero, both = jnp.zeros(w_DxV.shape[::-1], jnp.float32), 2 * w_DxV.shape[1]
+            dw_VxD, (loss_N, dh_NxD) = self._scan(chunk, zero, (h_NxD, start_NxD, t_N), both)
+            if self.mesh is not None:
+                loss_N = jax.lax.psum(loss_N, _TENSOR)
+            return loss_N, *self._over_mesh(dh_NxD, dw_VxD)
+
+        ins, outs = (_TOKENS, _GATHERED, _TOKENS, _GATHERED, _TOKENS), (_TOKENS, _TOKENS, _SHARDED)
+        arrays = (h_NxD, w_DxV.astype(h_NxD.dtype), start_NxD, start_DxV, t_N)
+        loss_N, dh_NxD, dw_DxV = self._on_mesh(local, ins, outs)(*arrays)
+        return loss_N, dh_NxD, dw_DxV.astype(w_DxV.dtype)
+
+    def _pulled(
+        self, dz_CxV: jax.Array, h_CxD: jax.Array, w_DxV: jax.Array, dw_VxD: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The kernel's gradient with a chunk's added, and the gradient of its states."""
+        dz_CxV = dz_CxV.astype(h_CxD.dtype)
+        dw_VxD += jnp.einsum("cv,cd->vd", dz_CxV, h_CxD, preferred_element_type=jnp.float32)
+        dh_CxD = jnp.einsum("cv,dv->cd", dz_CxV, w_DxV, preferred_element_type=jnp.float32)
+        return dw_VxD, dh_CxD.astype(h_CxD.dtype)
+
+    def _over_mesh(self, dh_NxD: jax.Array, dw_VxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Gradients of all devices, added up where they are of the same numbers; the kernel's turned back."""
+        if self.mesh is not None:
+            dh_NxD = jax.lax.psum(dh_NxD, _TENSOR)
+            dw_VxD = jax.lax.psum_scatter(dw_VxD, _SHARDS, scatter_dimension=1, tiled=True)
+            dw_VxD = jax.lax.psum(dw_VxD, _COPIES)
+        return dh_NxD, dw_VxD.T
+
+    def _log_p(self, z_CxV: jax.Array) -> jax.Array:
+        """log p of this device's part of the vocabulary."""
+        lse_C = jax.nn.logsumexp(z_CxV, axis=-1)
+        if self.mesh is not None and self.mesh.shape[_TENSOR] > 1:
+            lse_C = jax.nn.logsumexp(jax.lax.all_gather(lse_C, _TENSOR), axis=0)
+        return z_CxV - lse_C[:, None]
 
     def _on_mesh(self, local: Callable, ins: tuple[P, ...], outs: tuple[P, ...]) -> Callable:
         if self.mesh is None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlp_memory.parallel.config import MeshConfig
 from mlp_memory.parallel.mesh import make_mesh
-from mlp_memory.training.sparse_head import label_log_prob, sparse_cross_entropy
+from mlp_memory.training.sparse_head import divergence, label_and_spread, label_log_prob, sparse_cross_entropy
 
 MESHES = [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(slice=2, fsdp=2, tensor=2), MeshConfig(tensor=8)]
 
@@ -24,11 +24,16 @@ def main() -> None:
     ids, weights = rng.integers(0, v, (n, m)), rng.random((n, m)).astype(np.float32)
     ids[:, -1], weights[rng.random((n, m)) < 0.3], weights[0] = ids[:, 0], 0, 0
     pull = rng.normal(size=n).astype(np.float32)
+    start, start_kernel = (x + rng.normal(size=x.shape).astype(np.float32) for x in (hidden, kernel))
 
-    def dense(hidden: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-        log_p = jax.nn.log_softmax(hidden @ kernel)
+    def dense(hidden: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
+        log_p, log_start = jax.nn.log_softmax(hidden @ kernel), jax.nn.log_softmax(start @ start_kernel)
+        apart = (jnp.exp(log_start) * (log_start - log_p)).sum(1) * weights[:, 1]
         summed = -(jnp.take_along_axis(log_p, ids, axis=1) * weights).sum()
-        return summed, log_p[jnp.arange(n), ids[:, 0]] * pull
+        return summed, log_p[jnp.arange(n), ids[:, 0]] * pull, apart
+
+    p = jax.nn.softmax(hidden @ kernel)
+    spread = np.stack([-(p * jnp.log(p)).sum(1), jnp.log(p).max(1)])
 
     for config in MESHES:
         mesh = make_mesh(config)
@@ -40,12 +45,19 @@ def main() -> None:
                 kernel: jax.Array,
                 mesh: jax.sharding.Mesh = mesh,
                 chunk: int | None = chunk,
-            ) -> tuple[jax.Array, jax.Array]:
+            ) -> tuple[jax.Array, ...]:
                 summed = sparse_cross_entropy(hidden, kernel, ids, weights, mesh, chunk)
-                return summed, label_log_prob(hidden, kernel, ids[:, 0], mesh, chunk) * pull
+                labels = label_log_prob(hidden, kernel, ids[:, 0], mesh, chunk) * pull
+                return (
+                    summed,
+                    labels,
+                    divergence(start, start_kernel, hidden, kernel, weights[:, 1], mesh, chunk),
+                )
 
             figures = {"mesh": str(config), "chunk": chunk}
-            for which, name in enumerate(("summed", "labels")):
+            told = jax.jit(lambda h, w, m=mesh, c=chunk: label_and_spread(h, w, ids[:, 0], m, c)[1])
+            figures["spread"] = float(abs(np.stack(told(hidden, kernel)) - spread).max())
+            for which, name in enumerate(("summed", "labels", "divergence")):
                 found, wanted = (
                     jax.jit(jax.value_and_grad(lambda *x, f=f, i=which: f(*x)[i].sum(), (0, 1)))(
                         hidden, kernel

@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows_and_keeps_the_checkp
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(toy, tmp_path):
     """The loss is finite, its gradient is not: d sqrt(x)/dx at 0."""
 
-    def loss(model, frozen, batch, key):
+    def loss(model, frozen, batch, key, step):
         return toy.squared_error(model, frozen, batch, key) + jnp.sqrt(0 * model.bias[...].sum())
 
     with pytest.raises(UserError, match="step 1"):
@@ -321,7 +321,7 @@ def test_parameters_that_are_not_those_saved_are_refused(toy, tmp_path):
 def test_frozen_values_reach_the_loss_and_are_not_changed(toy, tmp_path):
     frozen = {"shift": jnp.array([1.0, -2.0])}
 
-    def loss(model, frozen, batch, key):
+    def loss(model, frozen, batch, key, step):
         return ((model.bias[...] - frozen["shift"]) ** 2).sum() * batch["weight"].sum()
 
     losses = iter([2.0, 1.0])
@@ -340,7 +340,7 @@ def test_frozen_values_reach_the_loss_and_are_not_changed(toy, tmp_path):
 def test_steps_draw_different_keys_that_a_restart_repeats(toy, tmp_path):
     """Dropout and the like: the key is a function of seed and step."""
 
-    def loss(model, frozen, batch, key):
+    def loss(model, frozen, batch, key, step):
         return (model.kernel[...] * jax.random.normal(key, (3, 2))).sum() * batch["weight"].sum()
 
     settings = config(toy, 10)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlp_memory.training.sparse_head import label_log_prob, sparse_cross_entropy
+from mlp_memory.training.sparse_head import divergence, label_log_prob, sparse_cross_entropy
 
 # chunk_elements as a function of V: the default (no chunking), chunks of several tokens that do
 # not divide N, one token at a time, and less than one token.
@@ -73,6 +73,35 @@ def test_label_log_probs_and_their_gradients_token_by_token(head, rng, chunk):
     found = jax.jit(jax.grad(lambda *x: (log_prob(*x) * pull).sum(), (0, 1)))(hidden, kernel)
     for a, b in zip(found, dense_loss(hidden, kernel, labels[:, None], -pull[:, None])[1]):
         np.testing.assert_allclose(a, b, atol=3e-5)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_the_divergence_and_its_gradients_are_those_of_whole_softmaxes(head, rng, chunk):
+    hidden, kernel, *_ = head
+    start, start_kernel = (x + rng.normal(size=x.shape).astype(np.float32) for x in (hidden, kernel))
+    weights = rng.random(len(hidden)).astype(np.float32)
+    weights[0] = 0
+
+    def log_softmax(hidden, kernel):
+        z_NxV = hidden.astype(np.float64) @ kernel.astype(np.float64)
+        return z_NxV - np.log(np.exp(z_NxV).sum(-1, keepdims=True))
+
+    log_start, log_p = log_softmax(start, start_kernel), log_softmax(hidden, kernel)
+    expected = (weights[:, None] * np.exp(log_start) * (log_start - log_p)).sum()
+    dz = weights[:, None] * (np.exp(log_p) - np.exp(log_start))
+
+    def loss(*arrays):
+        start, start_kernel, hidden, kernel = arrays
+        return 3 * divergence(
+            start, start_kernel, hidden, kernel, weights, chunk_elements=chunk(kernel.shape[1])
+        )
+
+    found = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
+    value, gradients = found(start, start_kernel, hidden, kernel)
+    np.testing.assert_allclose(value, 3 * expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(gradients[2:], (dz @ kernel.T, hidden.T @ dz)):
+        np.testing.assert_allclose(a, 3 * b, atol=3e-5)
+    assert not any(np.asarray(a).any() for a in gradients[:2])  # where it started is data
 
 
 def test_label_log_probs_are_of_a_distribution(head):

@@ -58,7 +58,7 @@ class Points:
         return {**element, "rows": np.int64(2 * index)}
 
 
-def squared_error(model: Line, frozen: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+def squared_error(model: Line, frozen: Any, batch: dict[str, jax.Array], *_: jax.Array) -> jax.Array:
     error = (model(batch["x"].reshape(-1, 3)) - batch["y"].reshape(-1, 2)) ** 2
     return (error.sum(-1) * batch["weight"].reshape(-1)).sum()
 
