@@ -67,6 +67,8 @@ class GateConfig:
       enabled: whether gates are fitted, for decoder and memory as distilled and after joint training.
       guards: names of `corpus.elsewhere`: kinds of text that the memory was not made for, where the mixture
         must not be worse than the decoder alone either.
+      guard_weights: what guards count in the fit, beside 1 for the validation split, where a fit without them
+        would harm one; tried in order.
       margin: nats a token that count as no harm: 0.001 is a thousandth of the perplexity.
       rows: of each text; 0 for all.
       penalties: on the squared weights, tried by cross-validation over documents.
@@ -78,6 +80,7 @@ class GateConfig:
 
     enabled: bool = True
     guards: tuple[str, ...] = ()
+    guard_weights: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     margin: float = 0.001
     rows: int = 32768
     penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -90,8 +93,10 @@ class GateConfig:
         check_whole(self, {"rows": 0, "folds": 2, "bootstrap": 1, "seed": 0})
         check_number(self, {"level": (0.0, 1.0), "margin": (0.0, float("inf"))})
         guards = (self.guards,) if isinstance(self.guards, str) else tuple(self.guards)
-        penalties = tuple(self.penalties) if isinstance(self.penalties, tuple | list) else ()
-        if not penalties or not all(isinstance(p, int | float) and p >= 0 for p in penalties):
-            raise UserError(f"gate.penalties = {self.penalties!r}: give numbers, 0 or more")
         object.__setattr__(self, "guards", guards)
-        object.__setattr__(self, "penalties", penalties)
+        for name in ("penalties", "guard_weights"):
+            given = getattr(self, name)
+            values = tuple(given) if isinstance(given, tuple | list) else ()
+            if not values or not all(isinstance(p, int | float) and p >= 0 for p in values):
+                raise UserError(f"gate.{name} = {given!r}: give numbers, 0 or more")
+            object.__setattr__(self, name, values)

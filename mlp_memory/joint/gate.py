@@ -3,7 +3,8 @@
     λ_t = share · sigmoid(w · x_t + b)
 
 x_t holds the entropy and the log of the largest probability of decoder and memory, and the state that
-the memory reads. w and b are fitted to the mixture's likelihood on one half of held-out text; the share
+the memory reads. w and b are fitted to the mixture's likelihood on one half of held-out text, and to that
+of guards, texts that the memory was not made for, only as far as they would be harmed otherwise; the share
 is the largest that, on the other half, does no harm: on no text is the mixture worse than the decoder
 alone by more than a margin, at the upper end of a bootstrap interval.
 """
@@ -103,16 +104,19 @@ def held_out(reader: RowReader, memory: Memory, stream: TokenStream, rows: int) 
 
 
 def fit_gate(texts: Mapping[str, HeldOut], config: GateConfig) -> tuple[Gate, dict[str, Any]]:
-    """A gate for these texts, each of equal weight, and what was found on the way.
+    """A gate, and what was found on the way.
+
+    The fit is to the first text. If its λ does harm on another, the others count in the fit, with the least
+    weight of `config.guard_weights` under which none is harmed; if that is not enough, λ is cut to a share.
 
     Args:
-      texts: by name; the first is of the memory's own kind.
+      texts: by name; the first is of the memory's own kind, the others are guards.
       config: how.
 
     Returns:
-      The gate, and facts: the penalty chosen and every one's loss, the share, and for each text, on the
-      half that the gate was not fitted to: nats of the decoder alone, at the best fixed λ and with the
-      gate, the mean λ, and the interval of what the gate adds to the decoder's nats.
+      The gate, and facts: the penalty chosen and each one's loss, the guards' weight, the share, and for each
+      text, on the half that the gate was not fitted to: nats of the decoder alone, at the best fixed λ and
+      with the gate, the mean λ, and the interval of what the gate adds to the decoder's nats.
 
     Raises:
       UserError: a text is too short to be halved.
@@ -120,44 +124,81 @@ def fit_gate(texts: Mapping[str, HeldOut], config: GateConfig) -> tuple[Gate, di
     fit, check = {}, {}
     for name, text in texts.items():
         fit[name], check[name] = _halves(name, text)
-    rows = HeldOut(*map(np.concatenate, zip(*fit.values())))
-    weight_N = np.concatenate([np.full(len(t.base_N), 1 / len(t.base_N)) for t in fit.values()])
-    center_F, width_F = _standard(rows.signals_NxF, weight_N)
-    fold_N = np.concatenate([_folds(text, config.folds) for text in fit.values()])
-    x_NxF = ((rows.signals_NxF - center_F) / width_F).astype(np.float32)
-    likelihoods = (rows.base_N.astype(np.float64), rows.memory_N.astype(np.float64), weight_N)
-    start = best_lambda(rows.base_N, rows.memory_N)[0]
-    tried = [(taps, penalty) for taps in (False, True) for penalty in config.penalties]
-    losses = []
-    with Progress("gate", len(tried) * config.folds, "fits") as bar:
-        for taps, penalty in tried:
-            used_F = _used(x_NxF.shape[1], taps)
-            loss = 0.0
-            for fold in range(config.folds):
-                out_N = fold_N == fold
-                found = _minimize(x_NxF[~out_N][:, used_F], *(a[~out_N] for a in likelihoods), penalty, start)
-                loss += _loss(found, x_NxF[out_N][:, used_F], *(a[out_N] for a in likelihoods), 0.0)[0]
-                bar.advance(1)
-            losses.append(loss / weight_N.sum())
-    taps, penalty = tried[int(np.argmin(losses))]
-    used_F = _used(x_NxF.shape[1], taps)
-    found = _minimize(x_NxF[:, used_F], *likelihoods, penalty, start)
-    weights_F = np.zeros(x_NxF.shape[1])
-    weights_F[used_F] = found[:-1]
-    gate = Gate(*map(jnp.float32, (center_F, width_F, weights_F, found[-1], 1.0)))
-    lambdas = {name: _lambdas(gate, text) for name, text in check.items()}
-    share = harmless(check, lambda name, share: share * lambdas[name], _SHARES, config)
+    first, *guards = fit.values()
+    rows, standard = HeldOut(*map(np.concatenate, zip(*fit.values()))), _standard(first.signals_NxF)
+    x_NxF, start = _standardised(rows, standard), best_lambda(first.base_N, first.memory_N)[0]
+    fold_N = np.concatenate([units_of(text.documents_N)[0] % config.folds for text in fit.values()])
+
+    def weights(of_guards: float) -> np.ndarray:
+        each = [1.0, *(of_guards / len(guards) for _ in guards)]
+        return np.concatenate([np.full(len(t.base_N), w / len(t.base_N)) for w, t in zip(each, fit.values())])
+
+    def cross_validated(of_guards: float) -> tuple[float, bool, list[dict[str, Any]]]:
+        weight_N = weights(of_guards)
+        used_N = weight_N > 0
+        arrays = (x_NxF, *_likelihoods(rows), weight_N, fold_N)
+        return _cross_validated(*(x_N[used_N] for x_N in arrays), start, config)
+
+    def fitted(of_guards: float, penalty: float, taps: bool) -> Gate:
+        used_F = _used(x_NxF.shape[1], taps)
+        found = _minimize(x_NxF[:, used_F], *_likelihoods(rows), weights(of_guards), penalty, start)
+        weights_F = np.zeros(x_NxF.shape[1])
+        weights_F[used_F] = found[:-1]
+        return Gate(*map(jnp.float32, (*standard, weights_F, found[-1], 1.0)))
+
+    def by_share(gate: Gate) -> Callable[[str, float], np.ndarray]:
+        lambdas = {name: _lambdas(gate, text) for name, text in check.items()}
+        return lambda name, share: share * lambdas[name]
+
+    penalty, taps, losses = cross_validated(0.0)
+    guard_weight, gate = 0.0, fitted(0.0, penalty, taps)
+    if guards and not harmless(check, by_share(gate), _SHARES[:1], config):
+        penalty, taps, losses = cross_validated(1.0)
+        for guard_weight in config.guard_weights:
+            gate = fitted(guard_weight, penalty, taps)
+            if harmless(check, by_share(gate), _SHARES[:1], config):
+                break
+    weight = by_share(gate)
+    share = harmless(check, weight, _SHARES, config)
     facts = {
         "signals": [*SIGNALS, "state"] if taps else [*SIGNALS],
         "penalty": penalty,
-        "losses": [{"state": t, "penalty": p, "nats": float(n)} for (t, p), n in zip(tried, losses)],
+        "losses": losses,
+        "guard_weight": guard_weight,
         "share": share,
         "harmless_lambda": harmless(check, lambda _, weight: weight, lambda_grid()[::-1], config),
         "texts": {
-            name: _figures(fit[name], text, share * lambdas[name], config) for name, text in check.items()
+            name: _figures(fit[name], text, weight(name, share), config) for name, text in check.items()
         },
     }
     return gate._replace(share=jnp.float32(share)), facts
+
+
+def _cross_validated(
+    x_NxF: np.ndarray,
+    base_N: np.ndarray,
+    memory_N: np.ndarray,
+    weight_N: np.ndarray,
+    fold_N: np.ndarray,
+    start: float,
+    config: GateConfig,
+) -> tuple[float, bool, list[dict[str, Any]]]:
+    """The penalty with the least loss over folds of documents, whether the state is read, and all losses."""
+    losses = []
+    with Progress("gate", 2 * len(config.penalties) * config.folds, "fits") as bar:
+        for taps in (False, True):
+            part_NxF = x_NxF[:, _used(x_NxF.shape[1], taps)]
+            for penalty in config.penalties:
+                loss = 0.0
+                for fold in range(config.folds):
+                    out_N = fold_N == fold
+                    arrays = [(x[~out_N], x[out_N]) for x in (part_NxF, base_N, memory_N, weight_N)]
+                    found = _minimize(*(kept for kept, _ in arrays), penalty, start)
+                    loss += _loss(found, *(left for _, left in arrays), 0.0)[0]
+                    bar.advance(1)
+                losses.append({"state": taps, "penalty": penalty, "nats": float(loss / weight_N.sum())})
+    best = min(losses, key=lambda one: one["nats"])
+    return best["penalty"], best["state"], losses
 
 
 def harmless(
@@ -197,15 +238,18 @@ def _halves(name: str, text: HeldOut) -> tuple[HeldOut, HeldOut]:
     return text.of(unit_N % 2 == 0), text.of(unit_N % 2 == 1)
 
 
-def _folds(text: HeldOut, folds: int) -> np.ndarray:
-    return units_of(text.documents_N)[0] % folds
+def _standard(signals_NxF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each signal; 1 where it does not vary."""
+    width_F = signals_NxF.std(0, dtype=np.float64)
+    return signals_NxF.mean(0, dtype=np.float64), np.where(width_F > 1e-6, width_F, 1.0)
 
 
-def _standard(signals_NxF: np.ndarray, weight_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    p_N = weight_N / weight_N.sum()
-    center_F = p_N @ signals_NxF
-    width_F = np.sqrt(p_N @ (signals_NxF - center_F) ** 2)
-    return center_F, np.where(width_F > 1e-6, width_F, 1.0)
+def _standardised(text: HeldOut, standard: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    return ((text.signals_NxF - standard[0]) / standard[1]).astype(np.float32)
+
+
+def _likelihoods(text: HeldOut) -> tuple[np.ndarray, np.ndarray]:
+    return text.base_N.astype(np.float64), text.memory_N.astype(np.float64)
 
 
 def _used(count: int, taps: bool) -> np.ndarray:

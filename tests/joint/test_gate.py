@@ -127,10 +127,20 @@ def test_a_guard_that_the_state_tells_apart_costs_little(rng):
     texts = {"validation": text(rng, 40, np.ones(2400, bool)), "guard": text(rng, 40, np.zeros(2400, bool))}
     texts["guard"].signals_NxF[:, 5] += 20
     _, facts = fit_gate(texts, dataclasses.replace(CONFIG, penalties=(1e-6,)))
+    assert facts["guard_weight"] > 0
     assert facts["share"] > 0.5
     assert facts["texts"]["guard"]["added"][1] <= CONFIG.margin
     inside = facts["texts"]["validation"]
     assert inside["gate"] < inside["base"] - 1
+
+
+def test_a_guard_that_is_not_harmed_does_not_count_in_the_fit(rng):
+    ours, guard = text(rng, 40, None), text(rng, 40, np.ones(2400, bool))
+    (alone, _), (guarded, facts) = (
+        fit_gate(texts, CONFIG) for texts in ({"validation": ours}, {"validation": ours, "guard": guard})
+    )
+    assert facts["guard_weight"] == 0
+    np.testing.assert_allclose(alone.weights_F, guarded.weights_F, atol=1e-3)
 
 
 def test_harmless_takes_the_first_candidate_that_the_slow_rule_takes(rng):
@@ -172,7 +182,15 @@ def test_a_gate_comes_back_from_its_artifact_and_one_of_another_decoder_does_not
 
 @pytest.mark.parametrize(
     "settings",
-    [{"penalties": ()}, {"penalties": (-1.0,)}, {"folds": 1}, {"level": 1.0}, {"margin": -1.0}, {"rows": -1}],
+    [
+        {"penalties": ()},
+        {"penalties": (-1.0,)},
+        {"folds": 1},
+        {"guard_weights": (-1.0,)},
+        {"level": 1.0},
+        {"margin": -1.0},
+        {"rows": -1},
+    ],
 )
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
