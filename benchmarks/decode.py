@@ -118,7 +118,7 @@ class Datastore:
         return ExactIndex(self.keys_NxD[:rows], np.ones(rows, bool)).search
 
     def scann(self, rows: int, k: int) -> Search:
-        """A tree of √N leaves, a tenth of them searched, codes of two dimensions, 4·k reordered."""
+        """A tree of √N leaves, a fifth of them searched, codes of two dimensions, 4·k reordered."""
         keys = self.keys_NxD[:rows]
         sample = keys[np.sort(np.random.default_rng(1).permutation(rows)[:_SAMPLE_ROWS])]
         leaves = int(rows**0.5)
@@ -129,7 +129,7 @@ class Datastore:
         blocks = (keys[start : start + (1 << 16)] for start in range(0, rows, 1 << 16))
         scann_shard.write_shard(folder.path, trained, blocks, *keys.shape)
         finish(folder, Manifest("index_shard", {}, {}), rows=[0, rows], leaves=trained.leaves, bytes={})
-        return scann_shard.ScannShard(folder, max(1, leaves // 10), 4 * k).search
+        return scann_shard.ScannShard(folder, max(1, leaves // 5), 4 * k).search
 
     def distribution(self, search: Search, k: int):
         """Queries to p_kNN; τ is a fixed number, no result depends on it."""
