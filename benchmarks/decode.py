@@ -157,10 +157,11 @@ def models(args: argparse.Namespace) -> tuple[Decoder, dict[str, Contender]]:
 
 
 def take_turns(contenders: dict[str, Contender], args: argparse.Namespace) -> None:
-    """Times them, a round each."""
+    """Times them, a round each, in another order each time: who follows a large model finds cold caches."""
+    order = np.random.default_rng(4)
     for _ in range(args.rounds):
-        for contender in contenders.values():
-            contender.seconds.append(contender.round(args.steps))
+        for name in order.permutation(list(contenders)):
+            contenders[name].seconds.append(contenders[name].round(args.steps))
 
 
 def growth(rows: list[int], seconds: list[float]) -> tuple[float, float]:
