@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "run": "every stage that is not yet done",
         **{stage.name: stage.help for stage in pipeline.STAGES},
         "generate": "continue a prompt, with and without memory",
-        "serving": "decoding as StableHLO with weights apart, for machines without this package",
+        "export_serving": "a model as StableHLO programs that run without this package",
         "status": "each stage's state, size and time",
     }
     for name, text in commands.items():
@@ -86,11 +86,10 @@ def _parser() -> argparse.ArgumentParser:
                 help="a decoder (pretrained.source): Hugging Face folder, GGUF or llama2.c file; "
                 "or a memory's folder (pretrained.memory)",
             )
-        if name == "serving":
-            command.add_argument("--output", help="folder to write; WORKDIR/serving if left out")
+        if name == "export_serving":
+            command.add_argument("--output", required=True, metavar="DIR", help="a path, gs:// or s3://")
             command.add_argument("--model", choices=WITHOUT_SEARCH, default="base_plus_memory")
-            command.add_argument("--batch", type=int, default=8, help="rows of the compiled programs")
-            command.add_argument("--prompt_tokens", type=int, default=512, help="longest prompt")
+            command.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
         if name == "generate":
             command.add_argument(
                 "--prompt",
@@ -104,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
                 default="both",
                 help="both: base, then base with memory",
             )
-        if name in ("generate", "serving"):
+        if name in ("generate", "export_serving"):
             command.add_argument(
                 "--interpolation",
                 type=_interpolation,
@@ -293,17 +292,14 @@ def _generate(args: argparse.Namespace, job: Job) -> None:
             print("\n" if many else "")
 
 
-def _serving(args: argparse.Namespace, job: Job) -> None:
-    from mlp_memory.interchange.serving import LOADER, export_serving
+def _export_serving(args: argparse.Namespace, job: Job) -> None:
+    from mlp_memory.interchange.serving import export_serving
     from mlp_memory.language_model import language_model
 
-    model = language_model(job, args.model, None if args.model == "base" else args.interpolation)
-    directory = Directory(args.output) if args.output else job.workdir / "serving"
-    special = {"bos": model.vocabulary.bos, "eos": model.vocabulary.eos}
-    export_serving(directory, model.mixture, model.config, args.batch, args.prompt_tokens, special)
-    for name, data in model.vocabulary.files.items():
-        directory.write(f"tokenizer/{name}", data)
-    print(f"{directory}: python {LOADER} --prompt='{special['bos']} ...' there continues token ids")
+    weight = None if args.model == "base" else args.interpolation
+    model = language_model(job, args.model, weight, args.dtype)
+    export_serving(Directory(args.output), model.mixture, model.vocabulary, model.config, args.model)
+    print(f"{args.output}: python {args.output}/serve.py --help")
 
 
 def _setting(source: str) -> str:
@@ -336,8 +332,8 @@ def _dispatch(args: argparse.Namespace) -> None:
         print(status_table(job))
     elif args.stage == "generate":
         _generate(args, job)
-    elif args.stage == "serving":
-        _serving(args, job)
+    elif args.stage == "export_serving":
+        _export_serving(args, job)
     else:
         importing = args.stage == "import"
         _one_stage(job, pipeline.import_stage(job, source) if importing else pipeline.find_stage(args.stage))

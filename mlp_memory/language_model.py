@@ -146,13 +146,16 @@ class LanguageModel:
         return self._programs[key]
 
 
-def language_model(job: "Job", model: str, interpolation: float | str | None = None) -> LanguageModel:
+def language_model(
+    job: "Job", model: str, interpolation: float | str | None = None, dtype: str = "auto"
+) -> LanguageModel:
     """A workdir's decoder, with its memory where `model` says so.
 
     Args:
       job: the workdir.
       model: one of `MODELS`.
       interpolation: λ; None for the best on validation, "gate" for the λ of each token.
+      dtype: of the computation; "auto" is bfloat16 on accelerators, float32 on CPU.
 
     Raises:
       UserError: something is not made yet, or impossible.
@@ -176,7 +179,7 @@ def language_model(job: "Job", model: str, interpolation: float | str | None = N
         weight = best if interpolation is None else interpolation
         if interpolation == "gate" and (weight := job.gate(stage)) is None:
             raise UserError(f"interpolation 'gate': there is none, run {stage} first (gate.enabled = True)")
-    mixture = Mixture(decoder, memory, weight, embed.tap, compute_dtype("auto"))
+    mixture = Mixture(decoder, memory, weight, embed.tap, compute_dtype(dtype))
     return LanguageModel(mixture, job.vocabulary(), job.config.generate, embed.context)
 
 

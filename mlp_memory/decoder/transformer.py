@@ -237,7 +237,6 @@ class Decoder(nnx.Module):
         c, tap = self.config, tap or Tap()
         tap_index = tap.index(c.layers)
         near_BxTxC = positions_BxT[:, :, None] - jnp.arange(mask_BxTxC.shape[2]) < c.window
-        windowed = 0 < c.window < mask_BxTxC.shape[2]
         x_BxTxD = self.embedding[...].astype(dtype)[tokens_BxT]
         if self.positions is not None:
             x_BxTxD = x_BxTxD + self.positions[...].astype(dtype)[positions_BxT]
@@ -245,7 +244,7 @@ class Decoder(nnx.Module):
         def step(
             block: Block, x: jax.Array, tapped: jax.Array, layer: jax.Array | int, cache: LayerCache | None
         ) -> tuple[jax.Array, jax.Array, LayerCache | None]:
-            seen_BxTxC = mask_BxTxC & (near_BxTxC | (layer < c.window_from)) if windowed else mask_BxTxC
+            seen_BxTxC = mask_BxTxC & (near_BxTxC | (layer < c.window_from)) if c.window else mask_BxTxC
             x, ffn_input, cache = block(x, positions_BxT, seen_BxTxC, cache)
             found = ffn_input if tap.kind == "ffn_input" else x
             return x, jnp.where(layer == tap_index, found, tapped), cache

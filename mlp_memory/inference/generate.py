@@ -61,12 +61,12 @@ class Steps:
         parameters: dict[str, Any],
         tokens_BxT: jax.Array,
         lengths_B: jax.Array,
-        keys_B: jax.Array,
+        seed: jax.Array,
         numbers: Numbers,
-        capacity: int,
+        capacity: int = 0,
     ) -> State:
-        """The program of `begin`: prompts padded on the right, and room for so many positions."""
-        state, said = self.read_prompts(parameters, tokens_BxT, lengths_B, keys_B, capacity)
+        """The program of `begin`: prompts padded on the right; the cache has room for `capacity`, or T."""
+        state, said = self.read_prompts(parameters, tokens_BxT, lengths_B, seed, capacity)
         return drawn(state, said.mixture_NxV, self.filters, numbers)
 
     def step(self, parameters: dict[str, Any], cache: Cache, state: State, numbers: Numbers) -> State:
@@ -79,10 +79,12 @@ class Steps:
         parameters: dict[str, Any],
         tokens_BxT: jax.Array,
         lengths_B: jax.Array,
-        keys_B: jax.Array,
+        seed: jax.Array,
         capacity: int,
     ) -> tuple[State, NextToken]:
         """`prefill` up to the draw."""
+        rows_B = jnp.arange(tokens_BxT.shape[0])
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows_B)
         hidden, tapped, cache = self.mixture.prompt(parameters, tokens_BxT, lengths_B, capacity)
         seen_BxV = None
         if self.filters.penalty:
@@ -99,23 +101,18 @@ class Steps:
 
 def inputs(
     prompts: list[list[int]], config: GenerateConfig
-) -> tuple[tuple[np.ndarray, np.ndarray, jax.Array], int]:
-    """Tokens [B, T], lengths [B] and keys [B] of a batch, and the positions that it wants room for."""
+) -> tuple[tuple[np.ndarray, np.ndarray, np.uint32], int]:
+    """Tokens [B, T] and lengths [B] of a batch, the seed, and the positions that it wants room for."""
     tokens_BxT, lengths_B = packed(prompts)
     capacity = rounded(lengths_B.max() + config.max_tokens)
-    return (tokens_BxT, lengths_B, row_keys(config.seed, len(prompts))), capacity
-
-
-def row_keys(seed: int | jax.Array, rows: int) -> jax.Array:
-    """A random key for each row of a batch."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(rows))
+    return (tokens_BxT, lengths_B, np.uint32(config.seed & 0xFFFFFFFF)), capacity
 
 
 def drawn(state: State, log_prob_BxV: jax.Array, filters: Filters, numbers: Numbers) -> State:
     """The state after a token of each row has been drawn from these distributions."""
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.drawn)
     token_B = draw(log_prob_BxV, state.seen_BxV, filters, numbers, keys_B)
-    rows_B = jnp.arange(len(token_B))
+    rows_B = jnp.arange(token_B.shape[0])
     seen_BxV = None if state.seen_BxV is None else state.seen_BxV.at[rows_B, token_B].set(True)
     return state._replace(
         token_B=token_B,

@@ -114,7 +114,7 @@ class Mixture:
         weight_N = parameters["weight"]
         if isinstance(weight_N, Gate):
             weight_N = gate_weight(weight_N, spread_of(base_NxV), spread_of(memory_NxV), tap_NxD)
-        weight_N = jnp.broadcast_to(weight_N, (len(hidden_NxD),))
+        weight_N = jnp.broadcast_to(weight_N, hidden_NxD.shape[:1])
         mixture_NxV = mixture_log_prob(memory_NxV, base_NxV, weight_N[:, None])
         return NextToken(base_NxV, memory_NxV, mixture_NxV, weight_N, tap_NxD)
 

@@ -68,7 +68,7 @@ def filtered(
             # The token that crosses top_p stays: at least one always does.
             before_BxK = jnp.cumsum(p_BxK, axis=-1) - p_BxK
             z_BxK = jnp.where(before_BxK < numbers.top_p, z_BxK, -jnp.inf)
-        rows_Bx1 = jnp.arange(len(z_BxV))[:, None]
+        rows_Bx1 = jnp.arange(z_BxV.shape[0])[:, None]
         z_BxV = jnp.full_like(z_BxV, -jnp.inf).at[rows_Bx1, ids_BxK].set(z_BxK)
     if filters.min_p:
         least_Bx1 = z_BxV.max(-1, keepdims=True) + jnp.log(numbers.min_p)

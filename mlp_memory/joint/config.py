@@ -53,6 +53,10 @@ class JointConfig(PretrainConfig):
                 f"joint.interpolation_start = {start!r}, interpolation_steps = {self.interpolation_steps}: "
                 "give both, or neither, and neither where a gate gives λ"
             )
+        if self.interpolation_steps > self.steps:
+            raise UserError(
+                f"joint.interpolation_steps = {self.interpolation_steps}: there are {self.steps} steps"
+            )
 
 
 def _is_weight(value: object) -> bool:

@@ -163,15 +163,18 @@ def joint_flops(decoder: DecoderConfig, memory: MemoryConfig, config: JointConfi
     """FLOPs of joint training on so many tokens.
 
     The frozen memory runs forward and, where gradient goes through it, backward for its input only: 2 or 4
-    of training's 6 FLOPs a weight. Adapters spare the optimizer, no product: their gradients are taken
-    from the whole weights'.
+    of training's 6 FLOPs a weight. Adapters spare the head's gradient; those of the blocks' products are
+    taken whole.
     """
     trained, memory_third = decoder.train_flops(tokens, config.context), memory.train_flops(tokens) // 3
+    head = 2 * tokens * decoder.dim * decoder.vocab_size
     total = trained + memory_third * (2 if config.through_memory else 1)
-    if config.kl > 0:
-        total += trained // 3
+    if config.kl > 0:  # the start's forward, and the divergence's gradient by states and head
+        total += trained // 3 + 2 * head
+    if config.adapter_rank > 0:
+        total -= 2 * head if config.kl > 0 else head
     if config.interpolation == "gate":
-        total += 2 * tokens * (decoder.dim + memory.dim) * decoder.vocab_size
+        total += head + 2 * tokens * memory.dim * decoder.vocab_size
     return total
 
 

@@ -310,7 +310,8 @@ def test_flops_count_what_is_computed():
     whole = decoder.train_flops(100, 16)
     assert flops() == whole + 2 * memory.train_flops(100) // 3
     assert flops(through_memory=False) == whole + memory.train_flops(100) // 3
-    assert flops(kl=0.1) - flops() == whole // 3
+    assert flops(kl=0.1) - flops() == whole // 3 + 4 * 100 * 8 * 30
+    assert flops() - flops(adapter_rank=2) == 2 * 100 * 8 * 30
     assert flops(interpolation="gate") - flops() == 2 * 100 * 16 * 30
 
 
@@ -321,6 +322,7 @@ def test_flops_count_what_is_computed():
         {"interpolation": -0.1},
         {"interpolation": "best"},
         {"context": 1},
+        {"interpolation_start": 0.1, "interpolation_steps": 5, "steps": 4},
         {"kl": -1.0},
         {"adapter_rank": -1},
         {"adapter_alpha": 0.0},

@@ -47,6 +47,17 @@ def test_the_joint_training_is_planned_by_the_same_code(mlp_memory, tmp_path):
     assert plan["compiled_flops"] == pytest.approx(plan["model_flops"], rel=1e-3)
 
 
+def test_adapters_and_the_divergence_are_planned_too(mlp_memory, tmp_path):
+    file, settings = tmp_path / "plan.json", ("--gin=joint.kl=0.1", "--gin=joint.adapter_rank=4")
+    answer = mlp_memory("plan", "joint", "--topology=h100-1", DEMO, f"--json={file}", *settings)
+    assert answer.code == 0, answer.error
+    plan = json.loads(file.read_text())
+    # A little more: the adapters' merging.
+    assert plan["compiled_flops"] == pytest.approx(plan["model_flops"], rel=1e-3)
+    assert plan["memory"]["optimizer"] < plan["memory"]["batch"]  # the decoder is frozen
+    assert plan["parameters"] < 2e5
+
+
 def test_what_does_not_fit_is_shown_and_refused(mlp_memory):
     answer = mlp_memory("plan", "distill", "--topology=h100-1", DEMO, "--gin=distill.batch_size=4194304")
     assert answer.code == 2

@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -185,6 +187,16 @@ def test_the_datastore_continues_texts_too_and_does_only_that(small_run, name):
 def test_seeds_repeat_and_differ(model):
     drawn = [model.generate("abc", temperature=1.0, seed=seed) for seed in (3, 3, 4)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_an_exported_model_continues_texts_without_this_package(small_run, mlp_memory, model, tmp_path):
+    words = (f"--workdir={small_run}", f"--output={tmp_path / 'served'}", "--gin=generate.max_tokens=6")
+    answer = mlp_memory("export_serving", *words)
+    assert answer.code == 0, answer.error
+    done = subprocess.run(
+        [sys.executable, "-I", tmp_path / "served/serve.py", "--text=abc def"], capture_output=True, text=True
+    )
+    assert done.stdout == model.generate("abc def", max_tokens=6) + "\n", done.stderr
 
 
 def test_the_likelihoods_of_a_texts_parts_add_up(model):
