@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,9 @@ PROGRAM = Path(__file__).with_name("joint_on_meshes.py")
 
 
 def test_every_kind_of_joint_training_on_eight_devices_is_that_on_one(make_stream, tmp_path):
-    for name, rows in (("train", 600), ("validation", 120)):
-        make_stream(rows, 40, folder=tmp_path / name)
+    # The best step is published: over random tokens only the training text itself gets better.
+    make_stream(600, 40, folder=tmp_path / "train")
+    shutil.copytree(tmp_path / "train", tmp_path / "validation")
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",

@@ -60,7 +60,7 @@ def pretrained(make_decoder, randomize, tmp_path) -> list[str]:
     memory = randomize(lambda: Memory(MemoryConfig("gpt2", 2, 16, 24, 0.0, 1e-5, 16, 260), nnx.Rngs(0)))
     export_model(Directory(tmp_path / "decoder"), decoder, {}, {}, {})
     export_model(Directory(tmp_path / "memory"), memory, {"lambda": 0.3}, {}, {})
-    lines = [json.dumps({"text": f"document {n}"}) for n in range(200)]
+    lines = [json.dumps({"text": f"document {n} " * 8}) for n in range(200)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     settings = {
         "corpus.source": "jsonl",
@@ -105,6 +105,9 @@ def test_two_processes_run_one_stage_after_the_other_and_process_0_does_alone_wh
         "embed.context": 16,
         "embed.stride": 8,
         "evaluate.max_rows": 64,
+        "gate.folds": 2,
+        "gate.bootstrap": 20,
+        "gate.penalties": (1e-2,),
         "evaluate.bootstrap": 20,
         "evaluate.samples": 0,
     }
@@ -113,7 +116,7 @@ def test_two_processes_run_one_stage_after_the_other_and_process_0_does_alone_wh
     errors = job(*words, count=2, devices=2).finish()
     # The mesh of four devices takes both processes; in what process 0 does alone it has two.
     done = [json.loads(line)["stage"] for line in (tmp_path / "run/times.jsonl").read_text().splitlines()]
-    assert sorted(done) == ["evaluate", "export", "import_memory", "pretrain", "tokenize"]
+    assert sorted(done) == ["evaluate", "export", "gate", "import_memory", "pretrain", "tokenize"]
     for folder in ("corpus/test", "decoder", "memory", "reports", "export"):
         assert json.loads((tmp_path / "run" / folder / "manifest.json").read_text())["finished"], folder
     assert "index.html" in errors[0]

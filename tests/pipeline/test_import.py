@@ -163,13 +163,8 @@ def test_a_decoder_is_trained_under_an_imported_memory_as_under_the_one_made_her
     command = [f"--workdir={folder}", f"--gin_file={recipe}", *both(exported), "--gin=joint.enabled=True"]
     answer = mlp_memory("joint", *command)
     assert answer.code == 0, answer.error
-    wanted, found = (
-        [json.loads(line) for line in (run / "joint/metrics.jsonl").read_text().splitlines()]
-        for run in (small_run, folder)
-    )
-    for ours, theirs in zip(found, wanted, strict=True):
-        for name in ("loss", "validation_loss"):
-            assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-5), name
+    wanted, found = ((run / "joint/metrics.jsonl").read_text() for run in (small_run, folder))
+    assert found == wanted
     # Whoever asks for it, or leaves it, changes nothing of what was made.
     assert "joint_gate" in mlp_memory("status", *command).out
 
