@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--rows", default="", help="datastore sizes for kNN-LM: 10000,100000,1000000")
     parser.add_argument("--k", type=int, default=1024, help="neighbours of kNN-LM")
+    parser.add_argument("--searches", default="exact,ScaNN", help="of kNN-LM")
     args = parser.parse_args()
     decoder, contenders = models(args)
     take_turns(contenders, args)
@@ -203,7 +204,7 @@ def knn(decoder: Decoder, contenders: dict[str, Contender], args: argparse.Names
     """kNN-LM at each size beside the decoder with a memory of 1/7, and the fits."""
     sizes = [int(size) for size in args.rows.split(",")]
     ours = contenders["decoder + memory of 1/7"]
-    store, seconds = Datastore(max(sizes), args), {"exact": [], "ScaNN": []}
+    store, seconds = Datastore(max(sizes), args), {name: [] for name in args.searches.split(",")}
     mixture, filters = (
         Mixture(decoder, None, 0.0, Tap(), compute_dtype(args.dtype)),
         Filters.of(GenerateConfig()),
@@ -216,7 +217,8 @@ def knn(decoder: Decoder, contenders: dict[str, Contender], args: argparse.Names
     for rows in sizes:
         exact = store.exact(rows)
         wanted = exact(asked, args.k)[0]
-        for name, search in (("exact", exact), ("ScaNN", store.scann(rows, args.k))):
+        for name in seconds:
+            search = exact if name == "exact" else store.scann(rows, args.k)
             pair = {
                 "ours": ours,
                 name: Contender(

@@ -6,10 +6,11 @@
     make benchmark-distill ARGS="--what=feed"       steps fed from disk against one batch used again
 
 The contenders start from the same parameters and see the same rows; loss and gradients are compared at
-full size before anything is timed. Each runs in processes of its own, which take turns, so that a slow
-moment of the machine strikes all alike and each has a peak memory of its own. "Dense" makes a [rows, V]
-float32 teacher, as the reference release does, then KL divergence and cross-entropy as PyTorch has them;
-leaner forms of the same stand beside it. Writes OUT.json and OUT.md.
+full size before anything is timed (not with --unchecked, where each starts from its own: for memories
+whose gradients are too large to be written down). Each runs in processes of its own, which take turns, so
+that a slow moment of the machine strikes all alike and each has a peak memory of its own. "Dense" makes a
+[rows, V] float32 teacher, as the reference release does, then KL divergence and cross-entropy as PyTorch
+has them; leaner forms of the same stand beside it. Writes OUT.json and OUT.md.
 """
 
 import argparse
@@ -45,13 +46,15 @@ PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def start(name: str, folder: Path) -> Any:
-    """A contender with the run's parameters and rows."""
-    contender = CONTENDERS[name](Sizes(**json.loads((folder / "sizes.json").read_text())))
-    parameters = folder / "parameters.npz"
-    if not parameters.exists():  # the first one's are everybody's
-        np.savez(parameters, **contender.parameters())
-    with np.load(parameters) as file:
-        contender.load(dict(file))
+    """A contender with the run's rows and, where contenders are compared, its parameters."""
+    settings = json.loads((folder / "settings.json").read_text())
+    contender = CONTENDERS[name](Sizes(**settings["sizes"]))
+    if settings["checked"]:
+        parameters = folder / "parameters.npz"
+        if not parameters.exists():  # the first one's are everybody's
+            np.savez(parameters, **contender.parameters())
+        with np.load(parameters) as file:
+            contender.load(dict(file))
     with np.load(folder / "data.npz") as file:
         contender.place(dict(file))
     return contender
@@ -83,7 +86,7 @@ def check(name: str, folder: Path, steps: int) -> dict[str, Any]:
 
 
 def in_a_process(what: str, name: str, folder: Path, steps: int) -> dict[str, Any]:
-    """What `take_steps` or `check` gives, called in a process of its own."""
+    """What `device`, `check` or `take_steps` gives, called in a process of its own."""
     words = [sys.executable, __file__, f"--process={what}", f"--name={name}", f"--folder={folder}"]
     environment = {**os.environ, **(KEPT if "kept" in name else {})}
     done = subprocess.run(
@@ -93,21 +96,23 @@ def in_a_process(what: str, name: str, folder: Path, steps: int) -> dict[str, An
 
 
 def compare(sizes: Sizes, names: list[str], steps: int, rounds: int, checked: bool) -> dict[str, Any]:
-    """Rows per second, peak bytes and agreement of each contender at one size."""
+    """The device, and rows per second, peak bytes and agreement of each contender at one size."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        (folder / "sizes.json").write_text(json.dumps(dataclasses.asdict(sizes)))
+        settings = {"sizes": dataclasses.asdict(sizes), "checked": checked}
+        (folder / "settings.json").write_text(json.dumps(settings))
         np.savez(folder / "data.npz", **make_data(sizes))
+        where = in_a_process("device", OURS, folder, 0)
         different = [name for name in names if "kept" not in name and "part" not in name]
         agreement = {name: in_a_process("check", name, folder, 0) for name in different if checked}
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for _ in range(rounds):
             for name in names:
                 runs[name].append(in_a_process("take_steps", name, folder, steps))
-    found = {}
+    found: dict[str, Any] = {"device": where, "contenders": {}}
     for name, several in runs.items():
         seconds = statistics.median(s for one in several for s in one["seconds"])
-        found[name] = {
+        found["contenders"][name] = {
             "seconds": seconds,
             "all_seconds": [one["seconds"] for one in several],
             "cpu_seconds": statistics.median(s for one in several for s in one["cpu"]),
@@ -132,16 +137,17 @@ def grow(sizes: Sizes, names: list[str]) -> list[dict[str, Any]]:
     for name, values in grid.items():
         for value in values:
             one = compare(dataclasses.replace(small, **{name: value}), names, 2, 1, checked=False)
-            found.append({"what": name, "value": value, "contenders": one})
+            found.append({"what": name, "value": value, **one})
             print(growth_table([found[-1]]).splitlines()[-1], file=sys.stderr, flush=True)
     return found
 
 
-def matmul_rate(dtype: str) -> float:
-    """FLOP/s of a large product alone, the best of several: what a step could reach here."""
+def device(name: str, folder: Path, steps: int) -> dict[str, Any]:
+    """The device, and FLOP/s of a large product alone, the best of several: what a step could reach here."""
     import jax
     import jax.numpy as jnp
 
+    dtype = json.loads((folder / "settings.json").read_text())["sizes"]["dtype"]
     size = 2048 if jax.default_backend() == "cpu" else 8192
     a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.dtype(dtype)) for i in range(2))
     product = jax.jit(lambda a, b: a @ b)
@@ -151,7 +157,7 @@ def matmul_rate(dtype: str) -> float:
         before = time.perf_counter()
         product(a, b).block_until_ready()
         best = min(best, time.perf_counter() - before)
-    return 2 * size**3 / best
+    return {"kind": jax.devices()[0].device_kind, "flops": 2 * size**3 / best}
 
 
 def head_alone(sizes: Sizes, repeats: int) -> dict[str, float]:
@@ -233,9 +239,10 @@ def feed(sizes: Sizes, block_rows: int, steps: int) -> dict[str, float]:
 
 def steps_table(sizes: Sizes, found: dict[str, Any], rate: float) -> str:
     """Each contender with its ratios to the peer."""
-    peer = found.get(PEER, next(iter(found.values())))
+    reference = PEER if PEER in found else next(iter(found))
+    peer = found[reference]
     lines = [
-        f"| step | rows/s | ÷ {PEER} | core s a step | peak memory | ÷ {PEER} | MFU | "
+        f"| step | rows/s | ÷ {reference} | core s a step | peak memory | ÷ {reference} | MFU | "
         "difference of loss, of gradients |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
@@ -271,18 +278,18 @@ def growth_table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def steps(sizes: Sizes, names: list[str], count: int, rounds: int) -> tuple[dict[str, Any], str]:
+def steps(
+    sizes: Sizes, names: list[str], count: int, rounds: int, checked: bool
+) -> tuple[dict[str, Any], str]:
     """The comparison at one size, and its table."""
-    import jax
-
-    measured = matmul_rate(sizes.dtype)
-    kind = jax.devices()[0].device_kind
+    found = compare(sizes, names, count, rounds, checked)
+    kind, measured = found["device"]["kind"], found["device"]["flops"]
     sheet = next((rate for key, rate in PEAK_BF16.items() if key in kind), None)
     rate, of = (sheet, "by the data sheet") if sheet else (measured, "of a large square product alone")
-    found = compare(sizes, names, count, rounds, checked=True)
-    note = f"MFU: of {rate / 1e9:,.0f} GFLOP/s {of} ({kind}); {sizes.flops() / 1e12:.2f} TFLOP a step"
-    text = f"{steps_table(sizes, found, rate)}\n\n{note}"
-    return {"matmul_flops": measured, "peak_flops": rate, "contenders": found}, text
+    alone = f"; a large square product alone reaches {measured / 1e9:,.0f}" if sheet else ""
+    note = f"MFU: of {rate / 1e9:,.0f} GFLOP/s {of} ({kind}{alone}); {sizes.flops() / 1e12:.2f} TFLOP a step"
+    text = f"{steps_table(sizes, found['contenders'], rate)}\n\n{note}"
+    return {**found, "peak_flops": rate}, text
 
 
 def main() -> None:
@@ -304,21 +311,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed, of a process")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each contender")
     parser.add_argument("--contenders", default=";".join(CONTENDERS), help="separated by semicolons")
+    parser.add_argument("--unchecked", action="store_true", help="no comparison of losses and gradients")
     parser.add_argument("--block_rows", type=int, default=16, help="as distill.block_rows, for feed")
     parser.add_argument("--out", default="runs/distill_benchmark")
-    parser.add_argument("--process", choices=("take_steps", "check"), help=argparse.SUPPRESS)
+    parser.add_argument("--process", choices=("device", "check", "take_steps"), help=argparse.SUPPRESS)
     parser.add_argument("--name", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.process:
-        work = {"take_steps": take_steps, "check": check}[arguments.process]
+        work = {"device": device, "check": check, "take_steps": take_steps}[arguments.process]
         print(json.dumps(work(arguments.name, arguments.folder, arguments.steps)))
         return
     arguments.ffn = arguments.ffn or 4 * arguments.dim
     sizes = Sizes(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sizes)})
     names = arguments.contenders.split(";")
     if arguments.what == "steps":
-        found, text = steps(sizes, names, arguments.steps, arguments.rounds)
+        found, text = steps(sizes, names, arguments.steps, arguments.rounds, not arguments.unchecked)
     elif arguments.what == "growth":
         found = grow(sizes, names)
         text = growth_table(found)
