@@ -75,8 +75,8 @@ class GateConfig:
         would harm one; tried in order.
       margin: nats a token that count as no harm: 0.001 is a thousandth of the perplexity.
       rows: of each text; 0 for all.
-      penalties: on the squared weights, tried by cross-validation over documents.
-      folds: of the cross-validation.
+      penalties: on the squared weights, tried by cross-fitting.
+      folds: of documents; a document's λ is judged by a fit to the others'.
       bootstrap: resamples behind an interval.
       level: of the interval at whose upper end no harm may be done.
       seed: of the resampling.

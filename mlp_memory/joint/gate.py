@@ -3,10 +3,15 @@
     λ_t = share · sigmoid(w · x_t + b)
 
 x_t holds the entropy and the log of the largest probability of decoder and memory, and the state that
-the memory reads. w and b are fitted to the mixture's likelihood on one half of held-out text, and to that
-of guards, texts that the memory was not made for, only as far as they would be harmed otherwise; the share
-is the largest that, on the other half, does no harm: on no text is the mixture worse than the decoder
-alone by more than a margin, at the upper end of a bootstrap interval.
+the memory reads. w and b are fitted to the mixture's likelihood on held-out text of the memory's own kind.
+What is decided is decided by cross-fitting: each document's λ comes of a fit to the other folds' documents.
+
+- Where that λ is not better than the best fixed one, at the upper end of a bootstrap interval of the
+  difference, the gate is that fixed λ: w = 0.
+- Guards, texts that the memory was not made for, count in the fit only as far as they would be harmed
+  otherwise.
+- The share is the largest that does no harm: on no text is the mixture worse than the decoder alone by more
+  than a margin, at the upper end of an interval.
 """
 
 from collections.abc import Callable, Mapping
@@ -86,10 +91,6 @@ class HeldOut(NamedTuple):
     memory_N: np.ndarray
     documents_N: np.ndarray
 
-    def of(self, rows_N: np.ndarray) -> "HeldOut":
-        """The rows of a mask."""
-        return HeldOut(*(x_N[rows_N] for x_N in self))
-
 
 def held_out(reader: RowReader, memory: Memory, stream: TokenStream, rows: int) -> HeldOut:
     """About so many rows of a text, evenly spread; 0 for all."""
@@ -104,101 +105,105 @@ def held_out(reader: RowReader, memory: Memory, stream: TokenStream, rows: int) 
 
 
 def fit_gate(texts: Mapping[str, HeldOut], config: GateConfig) -> tuple[Gate, dict[str, Any]]:
-    """A gate, and what was found on the way.
-
-    The fit is to the first text. If its λ does harm on another, the others count in the fit, with the least
-    weight of `config.guard_weights` under which none is harmed; if that is not enough, λ is cut to a share.
+    """A gate, and what was found on the way (the module's text says how it is chosen).
 
     Args:
       texts: by name; the first is of the memory's own kind, the others are guards.
       config: how.
 
     Returns:
-      The gate, and facts: the penalty chosen and each one's loss, the guards' weight, the share, and for each
-      text, on the half that the gate was not fitted to: nats of the decoder alone, at the best fixed λ and
-      with the gate, the mean λ, and the interval of what the gate adds to the decoder's nats.
+      The gate, and facts: the signals it reads, the penalty chosen and each one's loss, the guards' weight,
+      the share, what the gate gains over the best fixed λ of the first text (interval, nats), and for each
+      text, by cross-fitting: nats of the decoder alone, at its best fixed λ and with the gate, the mean λ,
+      and the interval of what the gate adds to the decoder's nats.
 
     Raises:
-      UserError: a text is too short to be halved.
+      UserError: a text is too short for folds.
     """
-    fit, check = {}, {}
-    for name, text in texts.items():
-        fit[name], check[name] = _halves(name, text)
-    first, *guards = fit.values()
-    rows, standard = HeldOut(*map(np.concatenate, zip(*fit.values()))), _standard(first.signals_NxF)
-    x_NxF, start = _standardised(rows, standard), best_lambda(first.base_N, first.memory_N)[0]
-    fold_N = np.concatenate([units_of(text.documents_N)[0] % config.folds for text in fit.values()])
+    rows, names, own = HeldOut(*map(np.concatenate, zip(*texts.values()))), list(texts), next(iter(texts))
+    text_N = np.repeat(np.arange(len(names)), [len(t.base_N) for t in texts.values()])
+    fold_N = np.concatenate([_folds(name, text, config.folds) for name, text in texts.items()])
+    standard, fixed = (
+        _standard(texts[own].signals_NxF),
+        best_lambda(texts[own].base_N, texts[own].memory_N)[0],
+    )
+    x_NxF = _standardised(rows, standard)
 
     def weights(of_guards: float) -> np.ndarray:
-        each = [1.0, *(of_guards / len(guards) for _ in guards)]
-        return np.concatenate([np.full(len(t.base_N), w / len(t.base_N)) for w, t in zip(each, fit.values())])
+        """Of rows: those of the first text add up to 1, those of all guards to `of_guards`."""
+        each = np.array([1.0, *(of_guards / (len(names) - 1) for _ in names[1:])])
+        return (each / np.bincount(text_N))[text_N]
 
-    def cross_validated(of_guards: float) -> tuple[float, bool, list[dict[str, Any]]]:
+    def fit(
+        of_guards: float, rows_N: np.ndarray, penalty: float, taps: bool, start: np.ndarray
+    ) -> np.ndarray:
+        """w and b from some rows."""
         weight_N = weights(of_guards)
-        used_N = weight_N > 0
-        arrays = (x_NxF, *_likelihoods(rows), weight_N, fold_N)
-        return _cross_validated(*(x_N[used_N] for x_N in arrays), start, config)
+        rows_N = rows_N & (weight_N > 0)
+        part_NxF = x_NxF[rows_N, : _used(x_NxF, taps)]
+        return _minimize(part_NxF, *(x[rows_N] for x in (*_likelihoods(rows), weight_N)), penalty, start)
 
-    def fitted(of_guards: float, penalty: float, taps: bool) -> Gate:
-        used_F = _used(x_NxF.shape[1], taps)
-        found = _minimize(x_NxF[:, used_F], *_likelihoods(rows), weights(of_guards), penalty, start)
-        weights_F = np.zeros(x_NxF.shape[1])
-        weights_F[used_F] = found[:-1]
-        return Gate(*map(jnp.float32, (*standard, weights_F, found[-1], 1.0)))
+    def cross_fitted(
+        of_guards: float, penalty: float, taps: bool, starts: dict[int, np.ndarray]
+    ) -> np.ndarray:
+        """λ of each row by a fit to the other folds, which starts from `starts` and leaves its end there."""
+        found_N = np.zeros(len(x_NxF))
+        for fold in range(config.folds):
+            starts[fold] = fit(of_guards, fold_N != fold, penalty, taps, starts[fold])
+            here_N = fold_N == fold
+            found_N[here_N] = _sigmoid(x_NxF[here_N, : _used(x_NxF, taps)], starts[fold])
+        return found_N
 
-    def by_share(gate: Gate) -> Callable[[str, float], np.ndarray]:
-        lambdas = {name: _lambdas(gate, text) for name, text in check.items()}
-        return lambda name, share: share * lambdas[name]
+    def by_penalty(of_guards: float) -> tuple[list[dict[str, Any]], float, bool, np.ndarray]:
+        """Each penalty's loss; the best one, whether it reads the state, and its λ of each row."""
+        losses, lambdas, weight_N = [], [], weights(of_guards)
+        with Progress("gate", 2 * len(config.penalties), "cross-fits") as bar:
+            for taps in (False, True):
+                starts = dict.fromkeys(range(config.folds), _constant(fixed, _used(x_NxF, taps)))
+                for penalty in sorted(config.penalties, reverse=True):  # each a good start for the next
+                    lambdas.append(cross_fitted(of_guards, penalty, taps, starts))
+                    nll_N = mixture_rows(rows.base_N, rows.memory_N, lambdas[-1])
+                    nats = float(np.average(nll_N, weights=weight_N))
+                    losses.append({"state": taps, "penalty": penalty, "nats": nats})
+                    bar.advance(1)
+        best = min(range(len(losses)), key=lambda number: losses[number]["nats"])
+        return losses, losses[best]["penalty"], losses[best]["state"], lambdas[best]
 
-    penalty, taps, losses = cross_validated(0.0)
-    guard_weight, gate = 0.0, fitted(0.0, penalty, taps)
-    if guards and not harmless(check, by_share(gate), _SHARES[:1], config):
-        penalty, taps, losses = cross_validated(1.0)
+    def of_text(lambda_N: np.ndarray) -> Callable[[str, float], np.ndarray]:
+        return lambda name, share: np.minimum(share * lambda_N[text_N == names.index(name)], _MOST)
+
+    guard_weight, (losses, penalty, taps, lambda_N) = 0.0, by_penalty(0.0)
+    gained = _difference(texts[own], of_text(lambda_N)(own, 1.0), fixed, config)
+    varies = gained[1] < 0
+    if not varies:
+        lambda_N = np.full(len(text_N), fixed)
+    if names[1:] and not harmless(texts, of_text(lambda_N), _SHARES[:1], config):
+        varies, (losses, penalty, taps, _) = True, by_penalty(1.0)
+        starts = dict.fromkeys(range(config.folds), _constant(fixed, _used(x_NxF, taps)))
         for guard_weight in config.guard_weights:
-            gate = fitted(guard_weight, penalty, taps)
-            if harmless(check, by_share(gate), _SHARES[:1], config):
+            lambda_N = cross_fitted(guard_weight, penalty, taps, starts)
+            if harmless(texts, of_text(lambda_N), _SHARES[:1], config):
                 break
-    weight = by_share(gate)
-    share = harmless(check, weight, _SHARES, config)
+        gained = _difference(texts[own], of_text(lambda_N)(own, 1.0), fixed, config)
+    share = harmless(texts, of_text(lambda_N), _SHARES, config)
+    fitted = _constant(fixed, x_NxF.shape[1])
+    if varies:
+        start = _constant(fixed, _used(x_NxF, taps))
+        found = fit(guard_weight, np.ones(len(x_NxF), bool), penalty, taps, start)
+        fitted[: len(found) - 1], fitted[-1] = found[:-1], found[-1]
     facts = {
-        "signals": [*SIGNALS, "state"] if taps else [*SIGNALS],
+        "signals": [*SIGNALS, *(["state"] if taps else [])] if varies else [],
         "penalty": penalty,
         "losses": losses,
         "guard_weight": guard_weight,
         "share": share,
-        "harmless_lambda": harmless(check, lambda _, weight: weight, lambda_grid()[::-1], config),
+        "gained": list(gained),
+        "harmless_lambda": harmless(texts, lambda _, weight: weight, lambda_grid()[::-1], config),
         "texts": {
-            name: _figures(fit[name], text, weight(name, share), config) for name, text in check.items()
+            name: _figures(text, of_text(lambda_N)(name, share), config) for name, text in texts.items()
         },
     }
-    return gate._replace(share=jnp.float32(share)), facts
-
-
-def _cross_validated(
-    x_NxF: np.ndarray,
-    base_N: np.ndarray,
-    memory_N: np.ndarray,
-    weight_N: np.ndarray,
-    fold_N: np.ndarray,
-    start: float,
-    config: GateConfig,
-) -> tuple[float, bool, list[dict[str, Any]]]:
-    """The penalty with the least loss over folds of documents, whether the state is read, and all losses."""
-    losses = []
-    with Progress("gate", 2 * len(config.penalties) * config.folds, "fits") as bar:
-        for taps in (False, True):
-            part_NxF = x_NxF[:, _used(x_NxF.shape[1], taps)]
-            for penalty in config.penalties:
-                loss = 0.0
-                for fold in range(config.folds):
-                    out_N = fold_N == fold
-                    arrays = [(x[~out_N], x[out_N]) for x in (part_NxF, base_N, memory_N, weight_N)]
-                    found = _minimize(*(kept for kept, _ in arrays), penalty, start)
-                    loss += _loss(found, *(left for _, left in arrays), 0.0)[0]
-                    bar.advance(1)
-                losses.append({"state": taps, "penalty": penalty, "nats": float(loss / weight_N.sum())})
-    best = min(losses, key=lambda one: one["nats"])
-    return best["penalty"], best["state"], losses
+    return Gate(*map(jnp.float32, (*standard, fitted[:-1], fitted[-1], share))), facts
 
 
 def harmless(
@@ -226,16 +231,30 @@ def harmless(
 
 def _added(text: HeldOut, weight: float | np.ndarray, config: GateConfig) -> tuple[float, float]:
     """Interval of the nats that the mixture adds to the decoder's."""
-    added_N = mixture_rows(text.base_N, text.memory_N, weight) + text.base_N.astype(np.float64)
-    low, high, _ = bootstrap_mean(added_N, text.documents_N, config.bootstrap, config.seed, config.level)
+    return _difference(text, weight, 0.0, config)
+
+
+def _difference(
+    text: HeldOut, weight: float | np.ndarray, other: float, config: GateConfig
+) -> tuple[float, float]:
+    """Interval of the mixture's nats at one λ less those at another."""
+    nll_N, other_N = (mixture_rows(text.base_N, text.memory_N, one) for one in (weight, other))
+    low, high, _ = bootstrap_mean(
+        nll_N - other_N, text.documents_N, config.bootstrap, config.seed, config.level
+    )
     return low, high
 
 
-def _halves(name: str, text: HeldOut) -> tuple[HeldOut, HeldOut]:
+def _folds(name: str, text: HeldOut, folds: int) -> np.ndarray:
+    """The fold of each row; documents stay whole."""
     unit_N, _ = units_of(text.documents_N)
-    if unit_N.max() < 1:
-        raise UserError(f"gate: {name} has {unit_N.size} rows, too few for two halves: give it more text")
-    return text.of(unit_N % 2 == 0), text.of(unit_N % 2 == 1)
+    units = int(unit_N.max()) + 1
+    if units < 2:
+        raise UserError(
+            f"gate: {name} has {unit_N.size} rows, too few for two folds: give it more text, or set "
+            "gate.enabled = False"
+        )
+    return unit_N % min(folds, units)
 
 
 def _standard(signals_NxF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -252,8 +271,19 @@ def _likelihoods(text: HeldOut) -> tuple[np.ndarray, np.ndarray]:
     return text.base_N.astype(np.float64), text.memory_N.astype(np.float64)
 
 
-def _used(count: int, taps: bool) -> np.ndarray:
-    return np.arange(count if taps else len(SIGNALS))
+def _used(x_NxF: np.ndarray, taps: bool) -> int:
+    return x_NxF.shape[1] if taps else len(SIGNALS)
+
+
+def _constant(weight: float, signals: int) -> np.ndarray:
+    """w = 0 and the b of a λ, [F + 1]."""
+    weight = min(max(weight, 1e-4), 1 - 1e-4)
+    return np.append(np.zeros(signals), np.log(weight / (1 - weight)))
+
+
+def _sigmoid(x_NxF: np.ndarray, parameters_F1: np.ndarray) -> np.ndarray:
+    logit_N = (x_NxF @ parameters_F1[:-1].astype(x_NxF.dtype)).astype(np.float64) + parameters_F1[-1]
+    return np.exp(-np.logaddexp(0, -logit_N))
 
 
 def _loss(
@@ -286,35 +316,25 @@ def _minimize(
     memory_N: np.ndarray,
     weight_N: np.ndarray,
     penalty: float,
-    start: float,
+    start_F1: np.ndarray,
 ) -> np.ndarray:
-    """The logistic function's weights and, last, its bias; it starts as the fixed λ `start`."""
-    first = np.zeros(x_NxF.shape[1] + 1)
-    first[-1] = np.log(start / (1 - start)) if 0 < start < 1 else -4.0
+    """The logistic function's weights and, last, its bias."""
     arguments = (x_NxF, base_N, memory_N, weight_N, penalty)
-    return scipy.optimize.minimize(_loss, first, arguments, "L-BFGS-B", jac=True, options={"maxiter": 300}).x
+    return scipy.optimize.minimize(
+        _loss, start_F1, arguments, "L-BFGS-B", jac=True, options={"maxiter": 300}
+    ).x
 
 
-@jax.jit
-def _of_signals(gate: Gate, signals_NxF: jax.Array) -> jax.Array:
-    columns = [signals_NxF[:, i] for i in range(len(SIGNALS))]
-    return gate_weight(gate, Spread(*columns[:2]), Spread(*columns[2:]), signals_NxF[:, len(SIGNALS) :])
-
-
-def _lambdas(gate: Gate, text: HeldOut) -> np.ndarray:
-    return np.asarray(_of_signals(gate, text.signals_NxF))
-
-
-def _figures(fit: HeldOut, check: HeldOut, weight_N: np.ndarray, config: GateConfig) -> dict[str, Any]:
-    best = best_lambda(fit.base_N, fit.memory_N)[0]
+def _figures(text: HeldOut, weight_N: np.ndarray, config: GateConfig) -> dict[str, Any]:
+    best, fixed = best_lambda(text.base_N, text.memory_N)
     return {
-        "rows": len(check.base_N),
-        "base": float(-check.base_N.astype(np.float64).mean()),
+        "rows": len(text.base_N),
+        "base": float(-text.base_N.astype(np.float64).mean()),
         "fixed_lambda": best,
-        "fixed": float(mixture_rows(check.base_N, check.memory_N, best).mean()),
-        "gate": float(mixture_rows(check.base_N, check.memory_N, weight_N).mean()),
-        "mean_lambda": float(weight_N.astype(np.float64).mean()),
-        "added": list(_added(check, weight_N, config)),
+        "fixed": fixed,
+        "gate": float(mixture_rows(text.base_N, text.memory_N, weight_N).mean()),
+        "mean_lambda": float(weight_N.mean()),
+        "added": list(_added(text, weight_N, config)),
     }
 
 

@@ -13,6 +13,7 @@ from mlp_memory.artifacts import Directory, UserError
 from mlp_memory.joint import gate as module
 from mlp_memory.joint.config import GateConfig
 from mlp_memory.joint.gate import (
+    SIGNALS,
     Gate,
     HeldOut,
     fit_gate,
@@ -23,7 +24,7 @@ from mlp_memory.joint.gate import (
     load_gate,
 )
 from mlp_memory.statistics import bootstrap_mean
-from mlp_memory.targets.interpolation import best_lambda, mixture_rows
+from mlp_memory.targets.interpolation import mixture_rows
 from mlp_memory.training.sparse_head import Spread, label_and_spread, spread_of
 
 CONFIG = GateConfig(bootstrap=200, penalties=(1e-3, 1e-1))
@@ -102,6 +103,11 @@ def text(rng, documents: int, helps: np.ndarray | None, dim: int = 3) -> HeldOut
     return HeldOut(signals, base.astype(np.float32), memory.astype(np.float32), ids)
 
 
+def of_signals(gate: Gate, signals_NxF: np.ndarray) -> np.ndarray:
+    columns = [signals_NxF[:, i] for i in range(len(SIGNALS))]
+    return gate_weight(gate, Spread(*columns[:2]), Spread(*columns[2:]), signals_NxF[:, len(SIGNALS) :])
+
+
 def test_a_gate_learns_where_the_memory_helps_and_a_constant_where_nothing_tells(rng):
     _, facts = fit_gate({"validation": text(rng, 40, None)}, CONFIG)
     told = facts["texts"]["validation"]
@@ -109,10 +115,29 @@ def test_a_gate_learns_where_the_memory_helps_and_a_constant_where_nothing_tells
     assert told["gate"] < told["fixed"] - 0.3
     assert told["gate"] < told["base"] - 0.3
     blind = text(rng, 40, rng.random(2400) < 0.5)
-    _, facts = fit_gate({"validation": blind}, CONFIG)
+    gate, facts = fit_gate({"validation": blind}, CONFIG)
     told = facts["texts"]["validation"]
-    assert abs(told["gate"] - told["fixed"]) < 0.03
-    assert told["mean_lambda"] == pytest.approx(best_lambda(blind.base_N, blind.memory_N)[0], abs=0.1)
+    assert (told["gate"], told["mean_lambda"]) == (told["fixed"], pytest.approx(told["fixed_lambda"]))
+    assert facts["signals"] == []
+    assert facts["gained"][1] >= 0
+    np.testing.assert_array_equal(gate.weights_F, 0)
+    signals = rng.normal(size=(9, len(SIGNALS) + 3)).astype(np.float32)
+    np.testing.assert_allclose(of_signals(gate, signals), told["fixed_lambda"], rtol=1e-6)
+
+
+def test_what_is_told_of_a_gate_is_what_fits_to_the_other_documents_give(rng):
+    ours = text(rng, 40, None)
+    config = dataclasses.replace(CONFIG, penalties=(0.01,), folds=2)
+    _, facts = fit_gate({"validation": ours}, config)
+    fold_N, slow_N = ours.documents_N % 2, np.zeros(len(ours.base_N))
+    for fold in range(2):
+        gate, _ = fit_gate({"validation": HeldOut(*(x[fold_N != fold] for x in ours))}, config)
+        here_N = fold_N == fold
+        slow_N[here_N] = mixture_rows(
+            ours.base_N[here_N], ours.memory_N[here_N], of_signals(gate, ours.signals_NxF[here_N])
+        )
+    # The signals are standardised over all rows there, over the other fold's here.
+    assert facts["texts"]["validation"]["gate"] == pytest.approx(slow_N.mean(), abs=0.01)
 
 
 def test_no_harm_is_done_to_a_guard_that_the_gate_cannot_tell_apart(rng):
@@ -160,9 +185,9 @@ def test_harmless_takes_the_first_candidate_that_the_slow_rule_takes(rng):
     assert 0 < expected < 0.9
 
 
-def test_a_text_too_short_for_halves_is_one_line(rng):
+def test_a_text_too_short_for_folds_is_one_line(rng):
     short = text(rng, 1, None)
-    with pytest.raises(UserError, match="guard has 60 rows, too few"):
+    with pytest.raises(UserError, match="guard has 60 rows, too few for two folds"):
         fit_gate({"validation": text(rng, 12, None), "guard": short}, CONFIG)
 
 
