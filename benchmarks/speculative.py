@@ -71,8 +71,8 @@ def main() -> None:
     share = drafter_share(decoder.config, memory.config, mixture.tap)
     best = max(range(1, 9), key=lambda n: speed_up(stands, share, n))
     print(
-        f"{len(starts) * context:,} positions: a proposal stands with {stands:.3f}, the likeliest tokens agree "
-        f"on {agree:.3f}; the drafter reads {share:.2f} of the weights; at best {best} drafted, "
+        f"{len(starts) * context:,} positions: a proposal stands with {stands:.3f}, the likeliest tokens "
+        f"agree on {agree:.3f}; the drafter reads {share:.2f} of the weights; at best {best} drafted, "
         f"{speed_up(stands, share, best):.2f} times as fast"
     )
 
