@@ -40,7 +40,7 @@ demo: $(READY)
 
 # Two at a time, a file each: more would want more memory, and programs that tests start have threads.
 test: $(READY)
-	$(RUN) -m pytest --numprocesses=2 --dist=loadfile
+	$(RUN) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 # .venv-parity and .venv-tpu, each from its requirements-NAME.txt.
 .venv-%/.ready: requirements-%.txt requirements.lock

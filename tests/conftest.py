@@ -43,6 +43,13 @@ else:
 
 VOCAB = 37
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The folders of long tests first: one that begins last would run alone to the end."""
+    long = {"pipeline", "multi_process", "multi_device"}
+    items.sort(key=lambda item: not long & set(item.path.parts))
+
+
 DECODERS = {
     "llama": DecoderConfig(layers=3, dim=16, heads=4, kv_heads=2, ffn_dim=24, vocab_size=VOCAB),
     "gpt2": DecoderConfig(
