@@ -231,9 +231,13 @@ def test_adapters_start_as_nothing_and_have_the_gradient_of_the_whole_weights(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"adapter_rank": 2},
-        {"kl": 0.5},
-        {"interpolation": 0.4, "interpolation_start": 0.1, "interpolation_steps": 3},
+        {
+            "adapter_rank": 2,
+            "kl": 0.5,
+            "interpolation": 0.4,
+            "interpolation_start": 0.1,
+            "interpolation_steps": 3,
+        },
         {"interpolation": "gate", "through_memory": False},
     ],
 )

@@ -43,16 +43,6 @@ def test_a_process_that_does_not_know_its_number_is_told_in_one_line(job, traini
     assert "needs MLP_MEMORY_PROCESSES and MLP_MEMORY_PROCESS as whole numbers" in error.splitlines()[-1]
 
 
-def test_two_processes_import_and_export_what_one_does(job, model_folders, files_of, tmp_path):
-    program, mesh = PROGRAMS / "import_on_meshes.py", "data=2,tensor=2"
-    one = job(program, model_folders, tmp_path / "one", "data=1")
-    job(program, model_folders, tmp_path / "two", mesh, count=2, devices=2).finish()
-    one.finish()
-    wanted = files_of(tmp_path / "one/data=1")
-    assert len([name for name in wanted if name.endswith("-out/model.safetensors")]) == 4
-    assert files_of(tmp_path / "two" / mesh) == wanted
-
-
 @pytest.fixture
 def pretrained(make_decoder, randomize, tmp_path) -> list[str]:
     """Bindings of a run that starts from a decoder and a memory, over texts in bytes."""

@@ -21,7 +21,7 @@ MOMENTS = [
     "reports/rows/test/chunks/*",
     "export/decoder/*",
 ]
-KILLS = 4
+KILLS = 3
 
 
 def compared(folder: Path) -> dict[str, bytes]:
