@@ -210,7 +210,7 @@ def test_adapters_start_as_nothing_and_have_the_gradient_of_the_whole_weights(
         np.testing.assert_array_equal(a, b)
     assert {"attention_query", "attention_out", "ffn_down"} <= set(adapters.down)
     for value in adapters.up.values():
-        value.set_value(rng.normal(size=value.shape).astype(np.float32))
+        value.set_value(0.1 * rng.normal(size=value.shape).astype(np.float32))
     graphdef, state = nnx.split(adapters)
 
     def loss(decoder):
@@ -224,8 +224,10 @@ def test_adapters_start_as_nothing_and_have_the_gradient_of_the_whole_weights(
         part, which = name.split("_")
         slope = np.asarray(whole["blocks"][part][which]["kernel"], np.float64)
         a, b = (np.asarray(x[name][...], np.float64) for x in (adapters.down, adapters.up))
-        np.testing.assert_allclose(down[name], 3 * slope @ b.swapaxes(1, 2), rtol=2e-3, atol=1e-4)
-        np.testing.assert_allclose(up[name], 3 * a.swapaxes(1, 2) @ slope, rtol=2e-3, atol=1e-4)
+        expected = {"down": 3 * slope @ b.swapaxes(1, 2), "up": 3 * a.swapaxes(1, 2) @ slope}
+        for found, wanted in ((down[name], expected["down"]), (up[name], expected["up"])):
+            # Of sums of many terms: float32 keeps digits of the largest, not of each.
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize(
