@@ -39,7 +39,7 @@ def test_a_second_round_over_the_joint_decoder_uses_its_tokenizer_and_has_no_equ
 ):
     source = f"--gin=pretrained.source='{exported / 'joint'}'"
     command = ["run", f"--workdir={tmp_path / 'w'}", f"--gin_file={recipe}", source]
-    command += ["--gin=gate.enabled=False", "--gin=corpus.elsewhere={}", "--gin=evaluate.samples=0"]
+    command += ["--gin=gate.enabled=False", "--gin=gate.guards=()", "--gin=corpus.elsewhere={}"]
     answer = mlp_memory(*command)
     assert answer.code == 0, answer.error
     results = json.loads((tmp_path / "w/reports/results.json").read_text())
