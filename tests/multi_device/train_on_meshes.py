@@ -30,6 +30,8 @@ from mlp_memory.training.checkpoints import StepCheckpoints
 DECODER = DecoderConfig(layers=2, dim=16, heads=4, ffn_dim=32, bias="all", vocab_size=40)
 MEMORY = MemoryConfig(style="llama", layers=2, dim=16, ffn_dim=32, input_dim=8, vocab_size=40)
 COMMON = dict(steps=20, eval_every=10, learning_rate=0.01, warmup=5, weight_decay=0.1, log_every=1)
+# Adam divides by a gradient's size: where that is rounding alone, so would be the step.
+COMMON |= dict(epsilon=1e-5)
 PRETRAIN = PretrainConfig(batch_size=8, context=12, eval_rows=100, **COMMON)
 DISTILL = DistillConfig(batch_size=8, block_rows=4, accumulate=1, **COMMON)
 
