@@ -85,34 +85,32 @@ def check(name: str, folder: Path, steps: int) -> dict[str, Any]:
         return {"loss": abs(loss - file["loss"]) / float(file["loss"]), "gradients": difference}
 
 
-def in_a_process(what: str, name: str, folder: Path, steps: int) -> dict[str, Any]:
+def in_a_process(what: str, name: str = "", **options: Any) -> dict[str, Any]:
     """What `device`, `check` or `take_steps` gives, called in a process of its own."""
-    words = [sys.executable, __file__, f"--process={what}", f"--name={name}", f"--folder={folder}"]
+    words = [sys.executable, __file__, f"--process={what}", f"--name={name}"]
+    words += [f"--{option}={value}" for option, value in options.items()]
     environment = {**os.environ, **(KEPT if "kept" in name else {})}
-    done = subprocess.run(
-        [*words, f"--steps={steps}"], env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
+    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(sizes: Sizes, names: list[str], steps: int, rounds: int, checked: bool) -> dict[str, Any]:
-    """The device, and rows per second, peak bytes and agreement of each contender at one size."""
+    """Rows per second, peak bytes and agreement of each contender at one size."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         settings = {"sizes": dataclasses.asdict(sizes), "checked": checked}
         (folder / "settings.json").write_text(json.dumps(settings))
         np.savez(folder / "data.npz", **make_data(sizes))
-        where = in_a_process("device", OURS, folder, 0)
         different = [name for name in names if "kept" not in name and "part" not in name]
-        agreement = {name: in_a_process("check", name, folder, 0) for name in different if checked}
+        agreement = {name: in_a_process("check", name, folder=folder) for name in different if checked}
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for _ in range(rounds):
             for name in names:
-                runs[name].append(in_a_process("take_steps", name, folder, steps))
-    found: dict[str, Any] = {"device": where, "contenders": {}}
+                runs[name].append(in_a_process("take_steps", name, folder=folder, steps=steps))
+    found = {}
     for name, several in runs.items():
         seconds = statistics.median(s for one in several for s in one["seconds"])
-        found["contenders"][name] = {
+        found[name] = {
             "seconds": seconds,
             "all_seconds": [one["seconds"] for one in several],
             "cpu_seconds": statistics.median(s for one in several for s in one["cpu"]),
@@ -137,17 +135,16 @@ def grow(sizes: Sizes, names: list[str]) -> list[dict[str, Any]]:
     for name, values in grid.items():
         for value in values:
             one = compare(dataclasses.replace(small, **{name: value}), names, 2, 1, checked=False)
-            found.append({"what": name, "value": value, **one})
+            found.append({"what": name, "value": value, "contenders": one})
             print(growth_table([found[-1]]).splitlines()[-1], file=sys.stderr, flush=True)
     return found
 
 
-def device(name: str, folder: Path, steps: int) -> dict[str, Any]:
+def device(dtype: str) -> dict[str, Any]:
     """The device, and FLOP/s of a large product alone, the best of several: what a step could reach here."""
     import jax
     import jax.numpy as jnp
 
-    dtype = json.loads((folder / "settings.json").read_text())["sizes"]["dtype"]
     size = 2048 if jax.default_backend() == "cpu" else 8192
     a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.dtype(dtype)) for i in range(2))
     product = jax.jit(lambda a, b: a @ b)
@@ -282,14 +279,15 @@ def steps(
     sizes: Sizes, names: list[str], count: int, rounds: int, checked: bool
 ) -> tuple[dict[str, Any], str]:
     """The comparison at one size, and its table."""
+    where = in_a_process("device", dtype=sizes.dtype)
     found = compare(sizes, names, count, rounds, checked)
-    kind, measured = found["device"]["kind"], found["device"]["flops"]
+    kind, measured = where["kind"], where["flops"]
     sheet = next((rate for key, rate in PEAK_BF16.items() if key in kind), None)
     rate, of = (sheet, "by the data sheet") if sheet else (measured, "of a large square product alone")
     alone = f"; a large square product alone reaches {measured / 1e9:,.0f}" if sheet else ""
     note = f"MFU: of {rate / 1e9:,.0f} GFLOP/s {of} ({kind}{alone}); {sizes.flops() / 1e12:.2f} TFLOP a step"
-    text = f"{steps_table(sizes, found['contenders'], rate)}\n\n{note}"
-    return {**found, "peak_flops": rate}, text
+    text = f"{steps_table(sizes, found, rate)}\n\n{note}"
+    return {"device": where, "peak_flops": rate, "contenders": found}, text
 
 
 def main() -> None:
@@ -319,8 +317,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.process:
-        work = {"device": device, "check": check, "take_steps": take_steps}[arguments.process]
-        print(json.dumps(work(arguments.name, arguments.folder, arguments.steps)))
+        given = (arguments.name, arguments.folder, arguments.steps)
+        work = {"check": check, "take_steps": take_steps}.get(arguments.process)
+        print(json.dumps(work(*given) if work else device(arguments.dtype)))
         return
     arguments.ffn = arguments.ffn or 4 * arguments.dim
     sizes = Sizes(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sizes)})

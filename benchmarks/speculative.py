@@ -30,9 +30,8 @@ def drafter_share(decoder: DecoderConfig, memory: MemoryConfig, tap: Tap) -> flo
     """Weights that the drafter's step reads, of those of the full step."""
     head = decoder.dim * decoder.vocab_size
     block = (decoder.matmul_parameters() - head) / decoder.layers
-    feed_forward = decoder.dim * decoder.hidden_dim * (3 if decoder.activation == "swiglu" else 2)
     below = block * (tap.index(decoder.layers) + 1)
-    below -= feed_forward if tap.kind == "ffn_input" else 0
+    below -= decoder.ffn_parameters() if tap.kind == "ffn_input" else 0
     full = decoder.matmul_parameters() + memory.matmul_parameters()
     return (below + memory.matmul_parameters()) / full
 

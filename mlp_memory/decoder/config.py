@@ -163,8 +163,11 @@ class DecoderConfig:
     def matmul_parameters(self) -> int:
         """Weights that multiply once per token (embedding look-ups and norms left out)."""
         attention = self.dim * self.head_dim * (2 * self.heads + 2 * self.num_kv_heads)
-        feed_forward = self.dim * self.hidden_dim * (3 if self.activation == "swiglu" else 2)
-        return self.layers * (attention + feed_forward) + self.dim * self.vocab_size
+        return self.layers * (attention + self.ffn_parameters()) + self.dim * self.vocab_size
+
+    def ffn_parameters(self) -> int:
+        """Those of one layer's feed-forward."""
+        return self.dim * self.hidden_dim * (3 if self.activation == "swiglu" else 2)
 
     def train_flops(self, tokens: int, context: int) -> int:
         """FLOPs of training on `tokens` tokens: 6 per weight and token, and attention's

@@ -123,10 +123,8 @@ def fit_gate(texts: Mapping[str, HeldOut], config: GateConfig) -> tuple[Gate, di
     rows, names, own = HeldOut(*map(np.concatenate, zip(*texts.values()))), list(texts), next(iter(texts))
     text_N = np.repeat(np.arange(len(names)), [len(t.base_N) for t in texts.values()])
     fold_N = np.concatenate([_folds(name, text, config.folds) for name, text in texts.items()])
-    standard, fixed = (
-        _standard(texts[own].signals_NxF),
-        best_lambda(texts[own].base_N, texts[own].memory_N)[0],
-    )
+    fixed = best_lambda(texts[own].base_N, texts[own].memory_N)[0]
+    standard, folds = _standard(texts[own].signals_NxF), range(int(fold_N.max()) + 1)
     x_NxF = _standardised(rows, standard)
 
     def weights(of_guards: float) -> np.ndarray:
@@ -148,10 +146,11 @@ def fit_gate(texts: Mapping[str, HeldOut], config: GateConfig) -> tuple[Gate, di
     ) -> np.ndarray:
         """λ of each row by a fit to the other folds, which starts from `starts` and leaves its end there."""
         found_N = np.zeros(len(x_NxF))
-        for fold in range(config.folds):
+        for fold in folds:
             starts[fold] = fit(of_guards, fold_N != fold, penalty, taps, starts[fold])
             here_N = fold_N == fold
-            found_N[here_N] = _sigmoid(x_NxF[here_N, : _used(x_NxF, taps)], starts[fold])
+            logit_N = _logit(x_NxF[here_N, : _used(x_NxF, taps)], starts[fold])
+            found_N[here_N] = np.exp(-np.logaddexp(0, -logit_N))
         return found_N
 
     def by_penalty(of_guards: float) -> tuple[list[dict[str, Any]], float, bool, np.ndarray]:
@@ -159,7 +158,7 @@ def fit_gate(texts: Mapping[str, HeldOut], config: GateConfig) -> tuple[Gate, di
         losses, lambdas, weight_N = [], [], weights(of_guards)
         with Progress("gate", 2 * len(config.penalties), "cross-fits") as bar:
             for taps in (False, True):
-                starts = dict.fromkeys(range(config.folds), _constant(fixed, _used(x_NxF, taps)))
+                starts = dict.fromkeys(folds, _constant(fixed, _used(x_NxF, taps)))
                 for penalty in sorted(config.penalties, reverse=True):  # each a good start for the next
                     lambdas.append(cross_fitted(of_guards, penalty, taps, starts))
                     nll_N = mixture_rows(rows.base_N, rows.memory_N, lambdas[-1])
@@ -179,7 +178,7 @@ def fit_gate(texts: Mapping[str, HeldOut], config: GateConfig) -> tuple[Gate, di
         lambda_N = np.full(len(text_N), fixed)
     if names[1:] and not harmless(texts, of_text(lambda_N), _SHARES[:1], config):
         varies, (losses, penalty, taps, _) = True, by_penalty(1.0)
-        starts = dict.fromkeys(range(config.folds), _constant(fixed, _used(x_NxF, taps)))
+        starts = dict.fromkeys(folds, _constant(fixed, _used(x_NxF, taps)))
         for guard_weight in config.guard_weights:
             lambda_N = cross_fitted(guard_weight, penalty, taps, starts)
             if harmless(texts, of_text(lambda_N), _SHARES[:1], config):
@@ -281,9 +280,8 @@ def _constant(weight: float, signals: int) -> np.ndarray:
     return np.append(np.zeros(signals), np.log(weight / (1 - weight)))
 
 
-def _sigmoid(x_NxF: np.ndarray, parameters_F1: np.ndarray) -> np.ndarray:
-    logit_N = (x_NxF @ parameters_F1[:-1].astype(x_NxF.dtype)).astype(np.float64) + parameters_F1[-1]
-    return np.exp(-np.logaddexp(0, -logit_N))
+def _logit(x_NxF: np.ndarray, parameters_F1: np.ndarray) -> np.ndarray:
+    return (x_NxF @ parameters_F1[:-1].astype(x_NxF.dtype)).astype(np.float64) + parameters_F1[-1]
 
 
 def _loss(
@@ -298,8 +296,7 @@ def _loss(
 
     The gradient by the logit is λ minus the memory's part of the mixture, λ p_M / p.
     """
-    w_F, bias = parameters_F1[:-1], parameters_F1[-1]
-    logit_N = (x_NxF @ w_F.astype(x_NxF.dtype)).astype(np.float64) + bias
+    w_F, logit_N = parameters_F1[:-1], _logit(x_NxF, parameters_F1)
     log_memory_N = -np.logaddexp(0, -logit_N)
     log_base_N = -np.logaddexp(0, logit_N)
     log_p_N = np.logaddexp(log_memory_N + memory_N, log_base_N + base_N)
