@@ -14,11 +14,11 @@ from mlp_memory.corpus.vocabulary import Vocabulary
 
 @pytest.fixture
 def parts(tmp_path, rng, make_text, write_jsonl):
-    """Three sources of 2,000, 500 and 100 documents; texts say which."""
+    """Three sources of 2,400, 1,200 and 300 documents; texts say which."""
 
     def make(**values):
         made = {}
-        for name, count in (("large", 2000), ("middle", 500), ("small", 100)):
+        for name, count in (("large", 2400), ("middle", 1200), ("small", 300)):
             texts = [f"{name} {rng.random()} {make_text(rng.randrange(1, 9))}" for _ in range(count)]
             path = write_jsonl(tmp_path / f"{name}.jsonl", texts)
             own = {key: value[name] if isinstance(value, dict) else value for key, value in values.items()}

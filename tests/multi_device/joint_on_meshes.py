@@ -27,9 +27,9 @@ from mlp_memory.parallel.config import MeshConfig
 from mlp_memory.parallel.mesh import make_mesh
 from mlp_memory.parallel.sharding import state_shardings
 
-KINDS = [{"kl": 0.5, "adapter_rank": 2, "interpolation": "gate", "learning_rate": 0.03}]
+KINDS = [{"kl": 0.5, "adapter_rank": 2, "interpolation": "gate", "learning_rate": 0.006}]
 # Adam divides by a gradient's size: where that is rounding alone, so would be the step.
-COMMON = dict(steps=4, batch_size=8, context=12, eval_every=4, warmup=1, eval_rows=60, epsilon=1e-3)
+COMMON = dict(steps=4, batch_size=8, context=12, eval_every=4, warmup=1, eval_rows=600, epsilon=1e-3)
 EMBED = EmbedConfig(context=12, stride=6, batch_windows=8)
 
 
