@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from mlp_memory.artifacts import Directory, UserError
+from mlp_memory.evaluation.inert import visible_piece
 from mlp_memory.evaluation.plots import MAX_POINTS, lambda_plot, stage_plot, thin
-from mlp_memory.evaluation.report import headline, report_html, visible_piece, write_report
+from mlp_memory.evaluation.report import headline, report_html, write_report
 from mlp_memory.evaluation.table import (
     DASH,
     SYSTEMS,
