@@ -180,7 +180,14 @@ def stage_plot(stage: str, title: str, rows: Sequence[Mapping[str, Any]]) -> str
         figure = _figure(2.0 * panels + 0.3)
         axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
         if loss:
-            axes[0].plot(*zip(*thin(loss)), color=_COLOURS["base_plus_memory"], linewidth=1.2)
+            # One point is no line, and would not be seen without its mark.
+            axes[0].plot(
+                *zip(*thin(loss)),
+                "o-" if len(loss) == 1 else "-",
+                markersize=3.5,
+                color=_COLOURS["base_plus_memory"],
+                linewidth=1.2,
+            )
             axes[0].set_ylabel("training loss")
         palette = itertools.cycle(("joint", "knn_lm_exact", "decoder_equal_params", "base"))
         for name, series in validation.items():
@@ -274,7 +281,15 @@ def _ticks(axis: Axis, is_log: bool) -> None:
         # Over less than two decades whole powers alone would be one or two ticks.
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=7))
         axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(FuncFormatter(_tick))
+    axis.set_major_formatter(FuncFormatter(_short_tick))
+
+
+def _short_tick(value: float, place: int) -> str:
+    """`20 M` for 20,000,000: parameters and tokens are this large, perplexities and shares are not."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if size <= abs(value) < 1e15:
+            return f"{value / min(size, 1e3 if unit == 'k' else size):.4g} {unit}"
+    return _tick(value, place)
 
 
 def _wrapped(text: str, width: int) -> str:

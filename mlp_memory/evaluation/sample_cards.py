@@ -54,8 +54,8 @@ def _change(log_prob: Mapping[str, Any]) -> str:
     base, mixture = log_prob.get("base"), log_prob.get("mixture")
     if not (is_number(base) and is_number(mixture)):
         return ""
-    exact = [f"{math.exp(value):.2g}" for value in (base, mixture)]
-    return f"base {exact[0]}, mixture {exact[1]}: {mixture - base:+.2f} nats"
+    before, after = (f"{100 * math.exp(value):.2g}%" for value in (base, mixture))
+    return f"base {before}, mixture {after}: {mixture - base:+.2f} nats"
 
 
 def _position(position: Mapping[str, Any]) -> dict[str, Any]:
