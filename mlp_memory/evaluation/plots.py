@@ -233,7 +233,7 @@ def line_plot(plot: Plot, name: str) -> LinePlot:
     if not lines:
         return LinePlot(None, notes)
     with _style():
-        labels = [_wrapped(series.name, 44) for series, _ in lines]
+        labels = [_wrapped(series.name, 42) for series, _ in lines]
         figure = _figure(3.1 + 0.18 * sum(label.count("\n") + 1 for label in labels))
         axes = figure.subplots()
         handles = []
@@ -252,8 +252,8 @@ def line_plot(plot: Plot, name: str) -> LinePlot:
         axes.set_yscale("log" if plot.log_y else "linear")
         for axis, is_log in ((axes.xaxis, plot.log_x), (axes.yaxis, plot.log_y)):
             _ticks(axis, is_log)
-        axes.set_xlabel(_wrapped(plot.x, 50))
-        axes.set_ylabel(_wrapped(plot.y, 34))
+        axes.set_xlabel(_wrapped(plot.x, 46))
+        axes.set_ylabel(_wrapped(plot.y, 30))
         if len(lines) > 1 or labels[0]:
             columns = 2 if max(map(len, labels)) <= 20 else 1
             figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=1.8)
