@@ -113,8 +113,10 @@ def _size(results: Mapping[str, Any], figures: Mapping[str, Any], split: str) ->
     ]
     tokens = corpus["train"].get("tokens") if isinstance(corpus.get("train"), Mapping) else None
     parts += [f"{format_count(tokens)} train tokens"] if is_number(tokens) else []
-    scored = ((figures.get("details") or {}).get("base") or {}).get("scored_tokens")
-    parts += [f"{format_count(scored)} {split} tokens"] if is_number(scored) else []
+    base = (figures.get("details") or {}).get("base") or {}
+    if is_number(scored := base.get("scored_tokens")):
+        method = base.get("interval_method")
+        parts.append(f"{format_count(scored)} {split} tokens" + (f" ({method})" if method else ""))
     return ", ".join(parts)
 
 

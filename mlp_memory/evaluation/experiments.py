@@ -21,8 +21,8 @@ def claim_rows(claims: Sequence[Claim]) -> list[dict[str, str]]:
             "paper": inert(claim.paper),
             "ours": inert(claim.ours),
             "interval": inert(claim.interval),
-            "held": claim.held if claim.held in _WORDS else "unclear",
-            "word": _WORDS.get(claim.held, _WORDS["unclear"]),
+            "held": claim.held,
+            "word": _WORDS[claim.held],
             "size": inert(claim.size),
             "command": inert(claim.command),
         }
@@ -32,7 +32,7 @@ def claim_rows(claims: Sequence[Claim]) -> list[dict[str, str]]:
 
 def claim_summary(claims: Sequence[Claim]) -> str:
     """How many held, in a sentence."""
-    counts = Counter(claim.held if claim.held in _WORDS else "unclear" for claim in claims)
+    counts = Counter(claim.held for claim in claims)
     parts = [f"{counts[held]} {_WORDS[held]}" for held in _WORDS if counts[held]]
     return f"{len(claims)} claim{'' if len(claims) == 1 else 's'}: {', '.join(parts)}."
 

@@ -21,7 +21,7 @@ def results_of(low: float, high: float, share: tuple[float, float] | None = (0.9
                 "joint": 39.0,
                 "decoder_equal_params": 44.0,
             },
-            "details": {"base": {"scored_tokens": 1234}},
+            "details": {"base": {"scored_tokens": 1234, "interval_method": "bootstrap over 37 documents"}},
             "differences": {pair: {"nats": (low + high) / 2, "interval": [low, high]} for pair in pairs},
             "gain_recovered": {"of": "knn_lm_exact", "share": 0.97, "interval": share and list(share)},
         },
@@ -69,7 +69,9 @@ def test_the_share_of_the_gain_is_held_against_the_papers(share: tuple | None, h
 
 def test_every_claim_says_its_size_and_the_papers_figure_and_a_command() -> None:
     for claim in measured_claims(results_of(-0.2, -0.1)):
-        assert claim.size.startswith("2.00 M decoder, 3.00 M memory, 400 k train tokens, 1,234 test tokens")
+        assert claim.size.startswith(
+            "2.00 M decoder, 3.00 M memory, 400 k train tokens, 1,234 test tokens (bootst"
+        )
         assert claim.command.startswith("python -m mlp_memory run")
     paper = [claim.paper for claim in measured_claims(results_of(-0.2, -0.1))]
     for text, figure in zip(paper, ("10.42 → 9.58", "85%", "10.16 → 9.58", "no figure")):

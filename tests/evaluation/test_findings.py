@@ -187,9 +187,9 @@ def test_a_band_more_lines_than_colours_and_a_hidden_name_are_drawn() -> None:
     banded = dataclasses.replace(one, low_N=(2.0, 3.0), high_N=(4.0, 5.0))
     assert "opacity: 0.16" in line_plot(plot_of(banded), "p").svg
     assert "opacity: 0.16" not in line_plot(plot_of(one), "p").svg
-    many = [Series(f"line {i}", (1.0, 2.0), (float(i), i + 1.0)) for i in range(20)]
+    many = [Series(f"line {i}", (1.0, 2.0), (float(i), i + 1.0)) for i in range(30)]
     svg = line_plot(plot_of(*many), "p").svg
-    assert all(f"line {i}" in svg for i in range(20))
+    assert all(f"line {i}" in svg for i in range(30))
 
 
 def test_large_numbers_of_an_axis_are_short() -> None:
