@@ -1,6 +1,6 @@
 """The report page: one HTML file that needs no network, no script and no other file.
 
-It is a pure function of the results and the training curves: the same numbers give the
+It is a pure function of the results, the training curves and the findings: the same numbers give the
 same bytes, whatever the machine, the day or the order of keys. Only importer of jinja2.
 """
 

@@ -28,7 +28,7 @@ def pages(synthetic, tmp_path_factory):
     texts = {
         "ordinary": words,
         "hostile": lambda: synthetic.HOSTILE,
-        "unbroken": lambda: "".join(rng.choice(list("MWabc"), 300)),
+        "unbroken": lambda: "".join(rng.choice(list("MWabc"), 120)),
     }
     for name, text in texts.items():
         results = synthetic.with_differing(synthetic.synthetic_results(), text)
