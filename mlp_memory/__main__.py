@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         **{stage.name: stage.help for stage in pipeline.STAGES},
         "generate": "continue a prompt, with and without memory",
         "export_serving": "a model as StableHLO programs that run without this package",
+        "report": "the report page again, with what benchmarks and studies have found since",
         "status": "each stage's state, size and time",
     }
     for name, text in commands.items():
@@ -277,6 +278,16 @@ def _show_results(job: Job) -> None:
         print(f"\nreport: {job.workdir}/reports/index.html")
 
 
+def _report(job: Job) -> None:
+    from mlp_memory.evaluation.page import draw, read_results
+    from mlp_memory.workdir import exclusive
+
+    job.manifest("reports")  # results of models that are there no more are refused
+    with exclusive(job.workdir):
+        draw(job.workdir, read_results(job.workdir))
+    print(f"report: {job.workdir}/reports/index.html")
+
+
 def _generate(args: argparse.Namespace, job: Job) -> None:
     from mlp_memory.language_model import language_model
 
@@ -330,6 +341,8 @@ def _dispatch(args: argparse.Namespace) -> None:
         from mlp_memory.workdir import status_table
 
         print(status_table(job))
+    elif args.stage == "report":
+        _report(job)
     elif args.stage == "generate":
         _generate(args, job)
     elif args.stage == "export_serving":

@@ -242,10 +242,10 @@ def _baseline(job: Job, directory: Directory) -> None:
 
 def _evaluate(job: Job, directory: Directory) -> None:
     from mlp_memory.corpus.vocabulary import Vocabulary
-    from mlp_memory.evaluation import stage
+    from mlp_memory.evaluation import page, stage
     from mlp_memory.targets.certificate import NAME as CERTIFICATE
-    from mlp_memory.training.metrics import read_metrics
 
+    page.read_findings(job.workdir)  # a damaged one is told before anything is scored
     manifest = _begin("evaluate", "report", job, directory)
     trained = {"pretrain": "decoder", "distill": "memory"}
     trained |= {name: name for name in ("joint", "baseline") if find_stage(name).wanted(job.config)}
@@ -267,11 +267,12 @@ def _evaluate(job: Job, directory: Directory) -> None:
             targets=job.manifest("targets").facts if distilled else None,
             index=job.manifest("index").facts if distilled else None,
             trained=facts,
-            curves={name: read_metrics(job.workdir / folder) for name, folder in trained.items()},
+            draw=functools.partial(page.draw, job.workdir),
             settings=config_json(job.config),
             corpus={split: stream.manifest.facts for split, stream in corpora.items()},
             certificate=json.loads(certificate) if certificate else None,
             gates={name: job.manifest(name).facts for name in gates},
+            train=corpora["train"] if distilled else None,
         ),
     )
 

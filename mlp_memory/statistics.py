@@ -1,6 +1,7 @@
 """Perplexity and its uncertainty, from the nats of each scored token."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,15 +81,20 @@ def bootstrap_mean(
         raise ValueError(f"row {int(np.isfinite(nll_N).argmin())} of nll is not finite")
     group_N, what = units_of(document_ids_N)
     sums_G, counts_G = np.bincount(group_N, weights=nll_N), np.bincount(group_N)
-    groups = len(sums_G)
-    rng = np.random.default_rng(seed)
-    means = []
-    for start in range(0, samples, batch := max(1, _COUNTS_PER_BATCH // groups)):
-        drawn_SxG = rng.multinomial(groups, np.full(groups, 1 / groups), size=min(batch, samples - start))
-        # Elementwise and not `@`: BLAS adds in an order that depends on its thread count.
-        means.append((drawn_SxG * sums_G).sum(1) / (drawn_SxG * counts_G).sum(1))
+    # Elementwise and not `@`: BLAS adds in an order that depends on its thread count.
+    means = [
+        (drawn_SxG * sums_G).sum(1) / (drawn_SxG * counts_G).sum(1)
+        for drawn_SxG in _resamples(len(sums_G), samples, seed)
+    ]
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high), f"bootstrap over {what}")
+
+
+def _resamples(groups: int, samples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each group is drawn in each resample, int64 [S, groups], some resamples at a time."""
+    rng = np.random.default_rng(seed)
+    for start in range(0, samples, batch := max(1, _COUNTS_PER_BATCH // groups)):
+        yield rng.multinomial(groups, np.full(groups, 1 / groups), size=min(batch, samples - start))
 
 
 def gain_recovered(base_nll: float, knn_nll: float, memory_nll: float) -> float | None:
@@ -98,3 +104,36 @@ def gain_recovered(base_nll: float, knn_nll: float, memory_nll: float) -> float 
     """
     gain = base_nll - knn_nll
     return (base_nll - memory_nll) / gain if gain > 0 and math.isfinite(gain) else None
+
+
+def gain_interval(
+    base_N: np.ndarray,
+    knn_N: np.ndarray,
+    memory_N: np.ndarray,
+    document_ids_N: np.ndarray,
+    samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float] | None:
+    """Percentile bootstrap interval of `gain_recovered`, all three systems on the same resampled tokens.
+
+    Args:
+      base_N, knn_N, memory_N: nats of each scored token.
+      document_ids_N, samples, seed, level: as `bootstrap_mean`'s.
+
+    Returns:
+      None where kNN-LM gains nothing in some resample: its share then has no bounds.
+    """
+    group_N, _ = units_of(document_ids_N)
+    available_G, gained_G = (
+        np.bincount(group_N, weights=np.asarray(base_N, np.float64) - other_N)
+        for other_N in (knn_N, memory_N)
+    )
+    shares = []
+    for drawn_SxG in _resamples(len(available_G), samples, seed):
+        available_S = (drawn_SxG * available_G).sum(1)
+        if (available_S <= 0).any():
+            return None
+        shares.append((drawn_SxG * gained_G).sum(1) / available_S)
+    low, high = np.quantile(np.concatenate(shares), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -4,7 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from mlp_memory.statistics import bootstrap_interval, bootstrap_mean, gain_recovered, perplexity
+from mlp_memory.statistics import (
+    bootstrap_interval,
+    bootstrap_mean,
+    gain_interval,
+    gain_recovered,
+    perplexity,
+)
 from mlp_memory.targets.interpolation import best_lambda, lambda_grid, mixture_nll, mixture_rows
 
 _MIXTURES = {
@@ -68,8 +74,13 @@ def summarize(
             },
         }
         if "knn_lm_exact" in nll:
-            means = (nll[name].mean() for name in ("base", "knn_lm_exact", "base_plus_memory"))
-            results[split]["gain_recovered"] = {"of": "knn_lm_exact", "share": gain_recovered(*means)}
+            three = [nll[name] for name in ("base", "knn_lm_exact", "base_plus_memory")]
+            interval = gain_interval(*three, documents[split], samples=bootstrap)
+            results[split]["gain_recovered"] = {
+                "of": "knn_lm_exact",
+                "share": gain_recovered(*(nll_N.mean() for nll_N in three)),
+                "interval": interval and list(interval),
+            }
     return results
 
 
@@ -81,7 +92,7 @@ def _systems(scored: Scored) -> list[str]:
 def _compared(names: list[str]) -> list[tuple[str, str]]:
     """The pairs of systems whose difference says what a step was worth."""
     pairs = [(name, "base") for name in names if name != "base"]
-    fixed = [("joint", "base_plus_memory")]
+    fixed = [("joint", "base_plus_memory"), ("base_plus_memory", "decoder_equal_params")]
     fixed += [(f"{name}_gated", name) for name in ("base_plus_memory", "joint")]
     return pairs + [pair for pair in fixed if set(pair) <= set(names)]
 

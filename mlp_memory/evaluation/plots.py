@@ -9,17 +9,21 @@ import io
 import itertools
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from xml.sax.saxutils import quoteattr
 
 import matplotlib
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from mlp_memory.evaluation.inert import inert
+from mlp_memory.evaluation.sections import Plot, Series
 from mlp_memory.evaluation.table import SYSTEMS, format_figure, is_number, split_figures
 
 MAX_POINTS = 300
@@ -35,6 +39,18 @@ _CSS = {
     _PAGE: "var(--card)",
     **{_COLOURS[system]: f"var({COLOUR_VARIABLES[system]})" for system in SYSTEMS},
 }
+# Lines of experiments take the systems' colours, the most different ones first.
+_PALETTE = (
+    "base_plus_memory",
+    "knn_lm_exact",
+    "joint",
+    "decoder_equal_params",
+    "base_plus_memory_gated",
+    "base",
+    "joint_gated",
+    "knn_lm_scann",
+)
+_STROKES = ((None, None), (4, 2), (1, 1.5))
 _DASHES = {"knn_lm_scann": (3, 1.5), "decoder_equal_params": (1, 1.5)}
 
 # A viewBox of 331 units shows 10-unit text at a readable size on a phone (about 10 px)
@@ -164,7 +180,14 @@ def stage_plot(stage: str, title: str, rows: Sequence[Mapping[str, Any]]) -> str
         figure = _figure(2.0 * panels + 0.3)
         axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
         if loss:
-            axes[0].plot(*zip(*thin(loss)), color=_COLOURS["base_plus_memory"], linewidth=1.2)
+            # One point is no line, and would not be seen without its mark.
+            axes[0].plot(
+                *zip(*thin(loss)),
+                "o-" if len(loss) == 1 else "-",
+                markersize=3.5,
+                color=_COLOURS["base_plus_memory"],
+                linewidth=1.2,
+            )
             axes[0].set_ylabel("training loss")
         palette = itertools.cycle(("joint", "knn_lm_exact", "decoder_equal_params", "base"))
         for name, series in validation.items():
@@ -184,6 +207,96 @@ def stage_plot(stage: str, title: str, rows: Sequence[Mapping[str, Any]]) -> str
             panel.yaxis.set_major_formatter(FuncFormatter(_tick))
         figure.align_ylabels()
         return _svg(figure, f"stage-{stage}", title)
+
+
+class LinePlot(NamedTuple):
+    """The SVG, None where no point can be drawn, and what was left out of it."""
+
+    svg: str | None
+    notes: tuple[str, ...]
+
+
+def line_plot(plot: Plot, name: str) -> LinePlot:
+    """An experiment's lines, with bands where they have one.
+
+    A point that is not finite, or not positive on a logarithmic axis, is left out and counted in the notes.
+
+    Args:
+      plot: any texts, any numbers.
+      name: makes the SVG's ids unique.
+    """
+    lines = [(series, _drawable(series, plot)) for series in plot.series]
+    missing = sum(len(series.x_N) - len(points_Px4) for series, points_Px4 in lines)
+    why = "not finite, or not positive on a logarithmic axis" if plot.log_x or plot.log_y else "not finite"
+    notes = (f"Left out: {missing:,} point{'s' if missing > 1 else ''}, {why}.",) if missing else ()
+    lines = [(series, points_Px4) for series, points_Px4 in lines if len(points_Px4)]
+    if not lines:
+        return LinePlot(None, notes)
+    with _style():
+        labels = [_wrapped(series.name, 42) for series, _ in lines]
+        figure = _figure(3.1 + 0.18 * sum(label.count("\n") + 1 for label in labels))
+        axes = figure.subplots()
+        handles = []
+        for number, (series, points_Px4) in enumerate(lines):
+            turn, place = divmod(number, len(_PALETTE))
+            colour, (x, y, low, high) = _COLOURS[_PALETTE[place]], points_Px4.T
+            if series.low_N:
+                axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
+            (drawn,) = axes.plot(
+                x, y, "o-" if series.line else "o", color=colour, markersize=3.5 if len(x) <= 60 else 0.5
+            )
+            if turn:
+                drawn.set_dashes(_STROKES[turn % len(_STROKES)])
+            handles.append(drawn)
+        axes.set_xscale("log" if plot.log_x else "linear")
+        axes.set_yscale("log" if plot.log_y else "linear")
+        for axis, is_log in ((axes.xaxis, plot.log_x), (axes.yaxis, plot.log_y)):
+            _ticks(axis, is_log)
+        axes.set_xlabel(_wrapped(plot.x, 46))
+        axes.set_ylabel(_wrapped(plot.y, 30))
+        if len(lines) > 1 or labels[0]:
+            columns = 2 if max(map(len, labels)) <= 20 else 1
+            figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=1.8)
+        return LinePlot(_svg(figure, name, " ".join(inert(plot.title).split())), notes)
+
+
+def _drawable(series: Series, plot: Plot) -> np.ndarray:
+    """x, y and the band's ends of the points that can be drawn, float64 [P, 4], by x if joined."""
+    ends = (series.low_N or series.y_N, series.high_N or series.y_N)
+    points = list(zip(series.x_N, series.y_N, *ends))
+    positive = (plot.log_x, plot.log_y, plot.log_y, plot.log_y)
+    kept = [
+        tuple(map(float, point))
+        for point in points
+        if all(is_number(value) and (value > 0 or not least) for value, least in zip(point, positive))
+    ]
+    return np.array(sorted(kept) if series.line else kept, np.float64).reshape(-1, 4)
+
+
+def _ticks(axis: Axis, is_log: bool) -> None:
+    if not is_log:
+        axis.set_major_locator(MaxNLocator(5))
+    else:
+        low, high = axis.get_view_interval()
+        # Over less than two decades whole powers alone would be one or two ticks.
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=7))
+        axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(_short_tick))
+
+
+def _short_tick(value: float, place: int) -> str:
+    """`20 M` for 20,000,000: parameters and tokens are this large, perplexities and shares are not."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if size <= abs(value) < 1e15:
+            return f"{value / min(size, 1e3 if unit == 'k' else size):.4g} {unit}"
+    return _tick(value, place)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """A label of a few short lines; a leading underscore would hide it from matplotlib's legend."""
+    lines = textwrap.wrap(" ".join(inert(text).split()), width, max_lines=3, placeholder=" …")
+    joined = "\n".join(lines)
+    return f" {joined}" if joined.startswith("_") else joined
 
 
 def metric_series(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:

@@ -1,10 +1,9 @@
 """The report page: one HTML file that needs no network, no script and no other file.
 
-It is a pure function of the results and the training curves: the same numbers give the
+It is a pure function of the results, the training curves and the findings: the same numbers give the
 same bytes, whatever the machine, the day or the order of keys. Only importer of jinja2.
 """
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,12 @@ from markupsafe import Markup
 
 from mlp_memory.artifacts import Directory, canonical_json
 from mlp_memory.evaluation import plots
+from mlp_memory.evaluation.claims import measured_claims
+from mlp_memory.evaluation.experiments import claim_rows, claim_summary, experiment_sections
+from mlp_memory.evaluation.inert import inert
+from mlp_memory.evaluation.sample_cards import sample_card
+from mlp_memory.evaluation.sections import Findings
 from mlp_memory.evaluation.table import (
-    DASH,
     SYSTEMS,
     format_count,
     format_figure,
@@ -41,8 +44,6 @@ _MODELS = {
     "joint": "joint training, on top",
     "decoder_equal_params": "equal-size decoder",
 }
-_COLUMNS = {"teacher": "teacher", "memory": "memory", "base": "base", "mixture": "mixture"}
-_CONTEXT_CHARACTERS = 500
 # Below this relative change, one decimal of a per cent shows nothing.
 _NO_CHANGE = 0.0005
 
@@ -52,6 +53,7 @@ def write_report(
     results: Mapping[str, Any],
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     split: str = "test",
+    findings: Sequence[Findings] = (),
 ) -> None:
     """Writes `index.html` into the reports folder.
 
@@ -60,27 +62,34 @@ def write_report(
       results: what `results.json` holds; any system or section may be absent.
       curves: lines of metrics.jsonl by stage (`pretrain`, `distill`, `joint`, `baseline`).
       split: the split of the headline and the table.
+      findings: of benchmarks and studies, in the order of the page.
 
     Raises:
       UserError: the results have another schema or no such split, or the disk refuses.
     """
-    directory.write("index.html", report_html(results, curves, split).encode("utf-8", "backslashreplace"))
+    page = report_html(results, curves, split, findings)
+    directory.write("index.html", page.encode("utf-8", "backslashreplace"))
 
 
 def report_html(
     results: Mapping[str, Any],
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     split: str = "test",
+    findings: Sequence[Findings] = (),
 ) -> str:
     """The page as text; see `write_report`."""
     verdict, sentences = headline(results, split)
     systems = split_figures(results, split)["perplexity"]
+    claims = [*measured_claims(results, split), *(claim for each in findings for claim in each.claims)]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(Path(__file__).with_name("report.html").read_text("utf-8"))
     lambda_curves = (results.get("lambda_curves") or {}).get("validation") or {}
     return template.render(
         verdict=verdict,
         sentences=sentences,
+        claims=claim_rows(claims),
+        claim_summary=claim_summary(claims),
+        sections=experiment_sections(findings),
         split=split,
         headings=headings(split),
         rows=table_rows(results, split),
@@ -89,9 +98,10 @@ def report_html(
         notes=table_notes(results, split),
         perplexity_svg=_svg(plots.perplexity_plot(results, split)),
         lambda_svg=_svg(plots.lambda_plot(lambda_curves)),
-        certificate=[(_inert(name), _inert(text)) for name, text in _certificate(results)],
+        certificate=[(inert(name), inert(text)) for name, text in _certificate(results)],
         stages=_stages(curves),
-        samples=[_sample(sample) for sample in results.get("samples") or []],
+        differing=_differing(results),
+        samples=[sample_card(sample) for sample in results.get("samples") or []],
         costs=_costs(results),
         corpus=_facts(results.get("corpus") or {}),
         config=canonical_json(results["config"]) if results.get("config") else "",
@@ -221,7 +231,7 @@ def _stages(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str,
     stages = []
     for stage in [*_STAGES, *sorted(set(curves) - set(_STAGES))]:
         rows = curves.get(stage) or []
-        title = _STAGES.get(stage) or _inert(stage)
+        title = _STAGES.get(stage) or inert(stage)
         svg = plots.stage_plot(stage, title, rows)
         if svg is None:
             continue
@@ -233,53 +243,15 @@ def _stages(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str,
     return stages
 
 
-def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A context with its distributions as rows of piece, bar width in per cent and probability."""
-    columns = {name: sample[name] for name in _COLUMNS if sample.get(name)}
-    tallest = max((p for pairs in columns.values() for _, p in pairs), default=0) or 1
-    context = str(sample.get("context", ""))
-    cut = len(context) > _CONTEXT_CHARACTERS
-    return {
-        "row": f"{sample['row']:,}" if is_number(sample.get("row")) else DASH,
-        "context": ("… " if cut else "") + _inert(context[-_CONTEXT_CHARACTERS:]),
-        "next": visible_piece(sample.get("next", "")),
-        "columns": [
-            {
-                "title": _COLUMNS[name],
-                "bars": [
-                    {
-                        "piece": visible_piece(piece),
-                        "width": f"{100 * p / tallest:.1f}",
-                        "share": _share(p),
-                        "hit": str(piece) == str(sample.get("next")),
-                    }
-                    for piece, p in pairs
-                ],
-            }
-            for name, pairs in columns.items()
-        ],
-    }
-
-
-def _share(p: float) -> str:
-    if p < 0.001:
-        return "<0.1%"
-    return f"{p:.1%}" if p < 0.0995 else f"{p:.0%}"
-
-
-def visible_piece(piece: Any) -> str:
-    """A vocabulary piece in which whitespace and control characters can be seen."""
-    marks = {" ": "␣", "\u2581": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
-    text = "".join(marks.get(c, c) for c in str(piece))
-    return _inert(text) or "∅"
-
-
-def _inert(text: str) -> str:
-    """The text with controls, direction marks and lone surrogates spelled out (newline and tab stay)."""
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else f"\\u{ord(c):04x}"
-        for c in text
-    )
+def _differing(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The contexts where the memory changed most, those it served best first."""
+    titles = {"better": "Where the memory helped most", "worse": "Where it harmed most"}
+    samples = results.get("differing") or []
+    groups = [
+        {"title": title, "samples": [sample_card(s) for s in samples if s.get("effect") == effect]}
+        for effect, title in titles.items()
+    ]
+    return [group for group in groups if group["samples"]]
 
 
 def _costs(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -304,7 +276,7 @@ def _facts(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested facts as sorted (dotted name, text) pairs."""
     pairs = []
     for name, value in sorted(facts.items()):
-        label = _inert(f"{prefix}{name.replace('_', ' ')}")
+        label = inert(f"{prefix}{name.replace('_', ' ')}")
         if isinstance(value, Mapping):
             pairs += _facts(value, f"{label} · ")
         elif isinstance(value, int) and not isinstance(value, bool):
@@ -313,6 +285,6 @@ def _facts(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             pairs.append((label, f"{value:.4g}"))
         else:
             pairs.append(
-                (label, _inert(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+                (label, inert(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
             )
     return pairs

@@ -15,9 +15,9 @@ from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.decoder.windows import read, spread
 from mlp_memory.evaluation.config import EvaluateConfig
 from mlp_memory.evaluation.evaluate import summarize
-from mlp_memory.evaluation.report import write_report
-from mlp_memory.evaluation.samples import sample_predictions
+from mlp_memory.evaluation.samples import differing_rows, sample_predictions, spread_rows
 from mlp_memory.evaluation.score import Systems, arrays_of, score_split
+from mlp_memory.targets.interpolation import mixture_rows
 from mlp_memory.targets.knn_lm import temperatures
 
 
@@ -33,11 +33,12 @@ class Inputs:
       embed: how rows are read.
       targets, index: facts of these artifacts; None where kNN-LM is not compared.
       trained: facts of each model, by the stage that trains one; "joint" and "baseline" may be absent.
-      curves: metrics of each training, by stage.
+      draw: writes the report page of what results.json holds (`page.draw`).
       settings: the resolved config, for the record.
       corpus: facts of each split.
       certificate: of the targets (targets/certificate.py); None where they have none.
       gates: facts of "gate" and "joint_gate", where they were fitted.
+      train: whose rows the neighbours are; None where there are none.
     """
 
     config: EvaluateConfig
@@ -48,11 +49,12 @@ class Inputs:
     targets: dict[str, Any] | None
     index: dict[str, Any] | None
     trained: dict[str, dict[str, Any]]
-    curves: dict[str, list[dict[str, Any]]]
+    draw: Callable[[dict[str, Any]], None]
     settings: dict[str, Any]
     corpus: dict[str, dict[str, Any]]
     certificate: dict[str, Any] | None = None
     gates: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    train: TokenStream | None = None
 
 
 def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[s
         "training_flops": {
             n: trained[s]["train_flops"] for n, s in names.items() if "train_flops" in trained.get(s, {})
         },
-        "samples": _samples(inputs, results),
+        **_samples(inputs, results, scored["test"]),
         "elsewhere": [name for name in inputs.streams if name not in SPLITS],
         "gates": {
             name: {k: v for k, v in facts.items() if k != "gate"} for name, facts in inputs.gates.items()
@@ -102,7 +104,7 @@ def evaluate(directory: Directory, manifest: Manifest, inputs: Inputs) -> dict[s
         results["teacher"] = {name: value for name, value in targets.items() if name != "temperature_choice"}
         results["certificate"] = inputs.certificate
     directory.write("results.json", artifacts.canonical_json(results).encode())
-    write_report(directory, results, inputs.curves)
+    inputs.draw(results)
     artifacts.finish(directory, manifest)
     return results
 
@@ -117,14 +119,26 @@ def words_of(stream: TokenStream, scored_rows: int) -> int:
     return max(1, round(stream.words * scored_rows / max(stream.num_scored, 1)))
 
 
-def _samples(inputs: Inputs, results: dict[str, Any]) -> list[dict[str, Any]]:
+def _samples(
+    inputs: Inputs, results: dict[str, Any], scored: dict[str, np.ndarray]
+) -> dict[str, list[dict[str, Any]]]:
+    """ "samples", spread over the test split, and "differing", where the memory changed most."""
     config = inputs.config
     if not config.samples:
-        return []
+        return {"samples": [], "differing": []}
     systems, stream = inputs.systems(), inputs.streams["test"]
     details = results["test"]["details"]
-    predictor = systems.predictor(details["base_plus_memory"]["lambda"], inputs.embed)
+    weight = details["base_plus_memory"]["lambda"]
     tau = details["knn_lm_exact"]["tau"] if systems.neighbors else None
-    scored = np.flatnonzero(stream.has_next(0, len(stream)))
-    chosen = scored[(np.arange(config.samples) * 2 + 1) * len(scored) // (2 * config.samples)]
-    return sample_predictions(stream, chosen, predictor, systems, tau, inputs.vocabulary)
+    ranges = spread(len(stream), config.max_rows)
+    has_next = read(stream.has_next, ranges)
+    rows_N = read(np.arange, ranges)[has_next]
+    documents_N = read(stream.document_ids, ranges)[has_next]
+    gain_N = -mixture_rows(scored["base"], scored["base_memory"], weight) - scored["base"]
+    chosen = differing_rows(gain_N, rows_N, documents_N, -(-config.samples // 2))
+    rows = np.concatenate([spread_rows(stream, config.samples), *chosen.values()])
+    predictor = systems.predictor(weight, inputs.embed)
+    found = sample_predictions(stream, rows, predictor, systems, tau, inputs.vocabulary, inputs.train)
+    effects = [kind for kind, rows in chosen.items() for _ in rows]
+    differing = [{"effect": kind, **sample} for kind, sample in zip(effects, found[config.samples :])]
+    return {"samples": found[: config.samples], "differing": differing}

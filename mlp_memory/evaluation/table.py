@@ -4,6 +4,7 @@ A system that is absent from the results has no row.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -150,8 +151,11 @@ def table_notes(results: Mapping[str, Any], split: str = "test") -> list[str]:
         detail = figures.get("details", {}).get(system) or {}
         if is_number(detail.get("k")) and is_number(detail.get("tau")):
             notes.append(f"{SYSTEMS[system]}: k = {detail['k']:,}, τ = {detail['tau']:g}.")
-    for pair, difference in (figures.get("differences") or {}).items():
-        name, other = pair.split(" - ")
+    differences = figures.get("differences") or {}
+    for name, other in itertools.product(SYSTEMS, repeat=2):
+        difference = differences.get(f"{name} - {other}")
+        if difference is None:
+            continue
         if other != "base" or name.endswith("_gated"):
             low, high = difference["interval"]
             notes.append(

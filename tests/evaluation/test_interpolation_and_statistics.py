@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mlp_memory.statistics import bootstrap_interval, gain_recovered, perplexity
+from mlp_memory.statistics import bootstrap_interval, gain_interval, gain_recovered, perplexity
 from mlp_memory.targets.interpolation import best_lambda, lambda_grid, mixture_nll, mixture_rows
 
 
@@ -107,6 +107,37 @@ def test_gain_recovered_is_a_share_of_the_teachers_gain() -> None:
     assert gain_recovered(5.0, 4.0, 4.25) == pytest.approx(0.75)
     assert gain_recovered(5.0, 4.0, 5.5) == pytest.approx(-0.5)
     assert gain_recovered(5.0, 5.0, 4.0) is None
+
+
+def test_the_interval_of_the_share_resamples_all_three_systems_together() -> None:
+    rng = np.random.default_rng()
+    ids_N = np.sort(rng.integers(0, 30, 900))
+    base_N = 5 + rng.normal(size=900)
+    available_N = 1 + 0.1 * rng.random(900) + 0.5 * rng.random(30)[ids_N]
+    knn_N = base_N - available_N
+    found = gain_interval(base_N, knn_N, base_N - 0.75 * available_N, ids_N)
+    np.testing.assert_allclose(found, 0.75)  # the same share of every token's gain: no width
+    memory_N = base_N - available_N * rng.random(30)[ids_N]
+    low, high = gain_interval(base_N, knn_N, memory_N, ids_N, samples=4000)
+    assert low < gain_recovered(base_N.mean(), knn_N.mean(), memory_N.mean()) < high
+    slow = []
+    for _ in range(1000):
+        rows = np.concatenate(
+            [np.flatnonzero(ids_N == d) for d in rng.choice(np.unique(ids_N), len(set(ids_N)))]
+        )
+        slow.append(gain_recovered(base_N[rows].mean(), knn_N[rows].mean(), memory_N[rows].mean()))
+    # An end of a 1,000-sample percentile interval has a standard error near 0.08 spreads.
+    np.testing.assert_allclose([low, high], np.quantile(slow, [0.025, 0.975]), atol=0.8 * np.std(slow))
+    assert (low, high) == gain_interval(base_N, knn_N, memory_N, ids_N * 7 + 3, samples=4000)
+
+
+def test_a_gain_that_is_not_sure_has_no_share_with_bounds() -> None:
+    rng = np.random.default_rng()
+    ids_N = np.arange(600) // 20
+    base_N = rng.random(600)
+    knn_N = base_N + np.where(ids_N < 15, 1.0, -1.0)
+    assert gain_interval(base_N, knn_N, base_N - 0.1, ids_N) is None
+    assert gain_interval(base_N, base_N, base_N - 0.1, ids_N) is None
 
 
 @pytest.mark.parametrize(

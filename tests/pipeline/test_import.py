@@ -110,8 +110,10 @@ def test_a_decoder_and_its_memory_are_evaluated_as_they_were_where_they_were_mad
     assert found["lambda_curves"]["validation"] == curves
     assert found["parameters"] == {name: wanted["parameters"][name] for name in ("base", "memory")}
     assert not {"recall", "teacher"} & set(found)
-    for ours, theirs in zip(found["samples"], wanted["samples"]):
-        assert ours == {name: value for name, value in theirs.items() if name != "teacher"}
+    for part in ("samples", "differing"):
+        assert len(found[part]) == len(wanted[part]) > 0
+        for ours, theirs in zip(found[part], wanted[part]):
+            assert ours == {name: theirs[name] for name in theirs if name not in ("teacher", "drawn_on")}
 
 
 def test_the_report_of_an_imported_memory_has_no_trace_of_what_was_not_run(imported_run, mlp_memory):

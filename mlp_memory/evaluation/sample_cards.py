@@ -1,0 +1,77 @@
+"""A sampled context as the page shows it: distributions as bars, training positions as lines of text."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mlp_memory.evaluation.inert import inert, visible_piece
+from mlp_memory.evaluation.table import DASH, is_number
+
+_COLUMNS = ("teacher", "memory", "base", "mixture")
+_CONTEXT_CHARACTERS = 500
+
+
+def sample_card(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample of results.json with bar widths in per cent and its texts made inert."""
+    columns = {name: sample[name] for name in _COLUMNS if sample.get(name)}
+    tallest = max((p for pairs in columns.values() for _, p in pairs), default=0) or 1
+    context = str(sample.get("context", ""))
+    cut = len(context) > _CONTEXT_CHARACTERS
+    return {
+        "row": _number(sample.get("row")),
+        "document": _number(sample.get("document")),
+        "context": ("… " if cut else "") + inert(context[-_CONTEXT_CHARACTERS:]),
+        "next": visible_piece(sample.get("next", "")),
+        "change": _change(sample.get("log_prob") or {}),
+        "drawn_on": [_position(position) for position in sample.get("drawn_on") or []],
+        "columns": [
+            {
+                "title": name,
+                "bars": [
+                    {
+                        "piece": visible_piece(piece),
+                        "width": f"{100 * p / tallest:.1f}",
+                        "share": share(p),
+                        "hit": str(piece) == str(sample.get("next")),
+                    }
+                    for piece, p in pairs
+                ],
+            }
+            for name, pairs in columns.items()
+        ],
+    }
+
+
+def share(p: float) -> str:
+    """A probability in per cent: `<0.1%`, `4.2%`, `42%`."""
+    if p < 0.001:
+        return "<0.1%"
+    return f"{p:.1%}" if p < 0.0995 else f"{p:.0%}"
+
+
+def _change(log_prob: Mapping[str, Any]) -> str:
+    """The next token's probability under base and mixture, and the difference in nats."""
+    base, mixture = log_prob.get("base"), log_prob.get("mixture")
+    if not (is_number(base) and is_number(mixture)):
+        return ""
+    before, after = (f"{100 * math.exp(value):.2g}%" for value in (base, mixture))
+    return f"base {before}, mixture {after}: {mixture - base:+.2f} nats"
+
+
+def _position(position: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "row": _number(position.get("row")),
+        "document": _number(position.get("document")),
+        "share": share(position["weight"]),
+        "before": inert(_on_one_line(position["before"])),
+        "next": visible_piece(position["next"]),
+        "after": inert(_on_one_line(position["after"])),
+    }
+
+
+def _on_one_line(text: str) -> str:
+    return str(text).replace("\n", " ⏎ ")
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if is_number(value) else DASH
