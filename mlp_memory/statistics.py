@@ -78,17 +78,31 @@ def bootstrap_mean(
         )
     if not np.isfinite(nll_N).all():
         raise ValueError(f"row {int(np.isfinite(nll_N).argmin())} of nll is not finite")
-    group_N, what = units_of(document_ids_N)
-    sums_G, counts_G = np.bincount(group_N, weights=nll_N), np.bincount(group_N)
-    groups = len(sums_G)
+    means_S = resampled_means(nll_N[None], document_ids_N, samples, seed)[:, 0]
+    low, high = np.quantile(means_S, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high), f"bootstrap over {units_of(document_ids_N)[1]}")
+
+
+def resampled_means(
+    nll_JxN: np.ndarray, document_ids_N: np.ndarray, samples: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """Means of J systems' nats over the same resamples of `units_of` the documents, float64 [samples, J].
+
+    What is made of a row (a difference, a fit over systems) has as its percentile interval the quantiles of
+    that over the rows. Equal arguments give equal resamples.
+    """
+    group_N = units_of(document_ids_N)[0]
+    sums_JxG = np.stack([np.bincount(group_N, weights=nll_N) for nll_N in nll_JxN])
+    counts_G = np.bincount(group_N)
+    groups = len(counts_G)
     rng = np.random.default_rng(seed)
-    means = []
+    found = []
     for start in range(0, samples, batch := max(1, _COUNTS_PER_BATCH // groups)):
         drawn_SxG = rng.multinomial(groups, np.full(groups, 1 / groups), size=min(batch, samples - start))
         # Elementwise and not `@`: BLAS adds in an order that depends on its thread count.
-        means.append((drawn_SxG * sums_G).sum(1) / (drawn_SxG * counts_G).sum(1))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(low), float(high), f"bootstrap over {what}")
+        rows_S = (drawn_SxG * counts_G).sum(1)
+        found.append(np.stack([(drawn_SxG * sums_G).sum(1) / rows_S for sums_G in sums_JxG], axis=1))
+    return np.concatenate(found)
 
 
 def gain_recovered(base_nll: float, knn_nll: float, memory_nll: float) -> float | None:

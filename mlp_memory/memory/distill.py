@@ -1,6 +1,7 @@
 """Distillation of the sparse kNN teacher into the memory."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -161,6 +162,7 @@ def distill(
     targets: Directory,
     validation: ValidationRows,
     mesh: Mesh,
+    observe: Callable[[Memory, int, dict[str, float]], None] | None = None,
 ) -> Manifest:
     """Trains the memory on hidden states and teachers and publishes it as `directory`.
 
@@ -172,6 +174,7 @@ def distill(
       stream, states, targets: what to train on, row by row.
       validation: held-out rows.
       mesh: devices.
+      observe: see `Task`.
 
     Raises:
       UserError: arrays that do not belong together, a loss that is not finite.
@@ -200,6 +203,7 @@ def distill(
         distill_task(model_config, config, states, mesh),
         batches=Batches(source, config.batch_size, config.seed, config.read_threads),
         evaluate=evaluate,
+        observe=observe,
     )
     rows = config.steps * task.unit_per_step
     return train(
