@@ -142,7 +142,7 @@ def figure(value: float | None) -> str:
     """A count or FLOPs in three digits: 1.31 M, 7.4 T."""
     if value is None:
         return DASH
-    for power, unit in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+    for power, unit in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if abs(value) >= 10**power:
             return f"{value / 10**power:.3g} {unit}"
     return f"{value:g}"
