@@ -231,6 +231,11 @@ _QUESTIONS = {
     ),
     "depth": _Question("A deeper memory is better", "", _largest_beats_smallest),
     "width": _Question("A wider memory is better", "", _largest_beats_smallest),
+    "mixer": _Question(
+        "An MLP memory is better than a transformer memory of as many parameters, over as many rows",
+        "",
+        lambda varied, recipe, compare: _better(recipe, varied[0], compare),
+    ),
     "style": _Question("No block style beats the recipe's own", "", _not_beaten),
     "teacher": _Question(
         "A larger decoder's teacher makes a better memory for the small decoder",

@@ -19,6 +19,7 @@ STUDIES = {
     "depth": "blocks of the memory",
     "width": "width of the memory",
     "style": "block style of the memory",
+    "mixer": "the MLP memory against a transformer memory of its size",
     "teacher": "a teacher from a larger decoder's datastore",
 }
 """Name -> what it varies."""

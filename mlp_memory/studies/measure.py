@@ -83,6 +83,9 @@ def read_measured(job: Job, split: str) -> Measured:
     directory = job.workdir / FOLDER / "rows" / split
     manifest = artifacts.require(directory, "study")
     found = {name: ArrayReader(directory, name)[0 : len(scored)][scored] for name in manifest.arrays}
+    mixer = job.workdir / FOLDER / "mixer" / split
+    if artifacts.peek(mixer) is not None:
+        found["base_memory"] = ArrayReader(mixer, "base_memory")[0 : len(scored)][scored]
     for name, log_prob_N in found.items():
         if not np.isfinite(log_prob_N).all():
             raise UserError(f"{directory}: a log-probability of {name} is not finite")

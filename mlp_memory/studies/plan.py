@@ -1,5 +1,6 @@
 """What a study would make: its variants, their sizes, and which artifacts they share."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -10,9 +11,10 @@ from mlp_memory.evaluation.sections import Table
 from mlp_memory.job import Job
 from mlp_memory.studies import sizes
 from mlp_memory.studies.curves import for_epochs
+from mlp_memory.studies.mixer import mixer_parameters, mixer_shape
 from mlp_memory.studies.results import figure, text_table
 from mlp_memory.studies.study import Study
-from mlp_memory.studies.variants import CURVE, DECODER_CURVE, MEMORY, Variant
+from mlp_memory.studies.variants import CURVE, DECODER_CURVE, MEMORY, MIXER, Variant
 
 
 class _Planned(Job):
@@ -81,6 +83,14 @@ def plan_table(study: Study) -> str:
 def _sizes(study: Study, variant: Variant) -> tuple[str, str]:
     config = study.configs[variant.name]
     cost = sizes.cost(config, variant.kind in (MEMORY, CURVE))
+    if variant.kind == MIXER:
+        shape = mixer_shape(*resolved_shapes(config))
+        rows = config.distill.steps * config.distill.batch_size * config.distill.block_rows
+        cost = dataclasses.replace(
+            cost,
+            memory=mixer_parameters(*resolved_shapes(config)),
+            memory_flops=shape.train_flops(rows, config.embed.context),
+        )
     if variant.kind not in (CURVE, DECODER_CURVE):
         return figure(cost.parameters), figure(cost.train_flops)
     # How many steps an epoch has is known once the corpus is tokenized; of a made-up million rows here.

@@ -16,7 +16,7 @@ from mlp_memory.studies.fit import Bounds
 from mlp_memory.studies.measure import HELD_OUT, read_measured
 from mlp_memory.studies.sizes import datastore_flops
 from mlp_memory.studies.study import Study, is_decoder
-from mlp_memory.studies.variants import Variant
+from mlp_memory.studies.variants import MIXER, Variant
 from mlp_memory.targets.interpolation import best_lambda, mixture_rows
 
 DASH = "–"
@@ -98,7 +98,7 @@ def _outcome(study: Study, variant: Variant) -> Outcome:
         }
     manifests = {
         name: artifacts.require(job.workdir / folder, "study")
-        for name, folder in (("base", "decoder"), ("memory", "memory"))
+        for name, folder in (("base", "decoder"), ("memory", "mixer" if variant.kind == MIXER else "memory"))
         if name in nll
     }
     numbers |= {

@@ -16,7 +16,17 @@ from mlp_memory.studies.adopt import adopt_stage
 from mlp_memory.studies.config import STUDIES
 from mlp_memory.studies.curves import curve_stage
 from mlp_memory.studies.measure import measure_stage
-from mlp_memory.studies.variants import CURVE, DECODER, DECODER_CURVE, MEMORY, TEACHER, Variant, variants_of
+from mlp_memory.studies.mixer import mixer_measure_stage, mixer_stage
+from mlp_memory.studies.variants import (
+    CURVE,
+    DECODER,
+    DECODER_CURVE,
+    MEMORY,
+    MIXER,
+    TEACHER,
+    Variant,
+    variants_of,
+)
 
 FOLDER = "studies"
 
@@ -68,7 +78,7 @@ class Study:
         config = self.configs[variant.name]
         first = ["tokenize", *(() if variant.kind == DECODER_CURVE else ("import", "pretrain"))]
         found = [stage for stage in map(find_stage, first) if stage.wanted(config)]
-        if variant.kind in (MEMORY, CURVE, TEACHER):
+        if variant.kind in (MEMORY, CURVE, TEACHER, MIXER):
             found.append(find_stage("embed"))
             if variant.teacher:
                 found.append(adopt_stage(self.directory / variant.teacher))
@@ -76,6 +86,8 @@ class Study:
                 found += [find_stage("index"), find_stage("retrieve")]
         if variant.kind == MEMORY:
             found.append(find_stage("distill"))
+        if variant.kind == MIXER:
+            return [*found, mixer_stage(), mixer_measure_stage()]
         if variant.kind in (CURVE, DECODER_CURVE):
             return [*found, curve_stage(variant.kind == CURVE)]
         return [*found, measure_stage(variant.kind == MEMORY)]

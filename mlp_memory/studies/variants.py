@@ -12,8 +12,9 @@ from mlp_memory.studies import sizes
 from mlp_memory.studies.config import STUDIES
 
 MEMORY, DECODER, TEACHER, CURVE, DECODER_CURVE = "memory", "decoder", "teacher", "curve", "decoder_curve"
+MIXER = "mixer"
 """What a variant is made for: a memory's or a decoder's perplexity, targets, a memory's or a decoder's
-losses as epochs grow."""
+losses as epochs grow; a transformer memory's perplexity."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,14 @@ def _of_recall(recall: float) -> tuple[str, ...]:
     )
 
 
+def _mixer(config: Config) -> list[Variant]:
+    if not config.embed.keeps_states:
+        raise UserError(
+            'study mixer reads stored hidden states: give embed.store = "array", no key_dim or int8'
+        )
+    return [Variant("transformer", "transformer", kind=MIXER)]
+
+
 _ABLATIONS: dict[str, Callable[[Config], list[Variant]]] = {
     "alpha": _grid("alpha", "alphas", _one("distill", "alpha")),
     "tap": _tap,
@@ -113,6 +122,7 @@ _ABLATIONS: dict[str, Callable[[Config], list[Variant]]] = {
     "recall": _grid("recall", "recalls", _of_recall),
     "depth": _grid("depth", "depths", _one("memory", "layers")),
     "width": _grid("width", "widths", _one("memory", "dim")),
+    "mixer": _mixer,
     "style": _grid("style", "styles", _one("memory", "style")),
 }
 

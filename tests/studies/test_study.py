@@ -38,7 +38,7 @@ def make(study: Study) -> list[tuple[str, str]]:
 def studied(recipe, tmp_path_factory) -> tuple[Path, dict[str, list[tuple[str, str]]]]:
     """A workdir in which studies were made one after the other, and the pieces of each."""
     workdir, made = tmp_path_factory.mktemp("studied"), {}
-    for name in ("k", "scaling", "overfitting", "teacher"):
+    for name in ("k", "scaling", "overfitting", "teacher", "mixer"):
         study = Study(name, [recipe], [], Directory(workdir))
         made[name] = make(study)
         conclude(study)
@@ -75,6 +75,7 @@ def test_nothing_that_variants_or_studies_have_alike_is_made_twice(studied):
         ("decoder_1x16", "measure"),
         *(("from_1x16", stage) for stage in ("adopt", "distill", "measure")),
     ]
+    assert made["mixer"] == [("transformer", stage) for stage in ("distill_mixer", "measure")]
 
 
 def test_a_finished_study_has_nothing_to_do_and_concludes_alike_again(studied, recipe):
