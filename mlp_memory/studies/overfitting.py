@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlp_memory import artifacts
 from mlp_memory.evaluation.sections import Claim, Findings, Plot, Section, Series, Table
 from mlp_memory.statistics import resampled_means
-from mlp_memory.studies.curves import SAMPLES, Check, read_curve
+from mlp_memory.studies.curves import FOLDER, SAMPLES, Check, read_curve
 from mlp_memory.studies.fit import Bounds, verdict
 from mlp_memory.studies.results import Difference, figure
 from mlp_memory.studies.sizes import cost
@@ -122,6 +123,9 @@ def _numbers(study: Study, name: str, curve: Curve) -> dict[str, Any]:
         "value": variant.value,
         "bindings": list(variant.bindings),
         "parameters": {"base": trained.decoder, "memory": trained.memory},
+        "training_flops": artifacts.require(study.job(variant).workdir / FOLDER, "study").facts[
+            "train_flops"
+        ],
         "best_step": curve.best.step,
         "checks": checks,
     }

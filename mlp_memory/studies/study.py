@@ -4,6 +4,7 @@ Only process 0 asks what is missing; the caller does it as `run` does a stage, i
 """
 
 import functools
+from pathlib import Path
 from typing import NamedTuple
 
 from mlp_memory.artifacts import Directory, UserError, first_line
@@ -126,10 +127,13 @@ class Study:
 
     @property
     def command(self) -> str:
-        """What runs the study again."""
+        """What runs the study again, from the folder that this process works in."""
+        where = self.workdir.location
+        if self.workdir.is_local and self.workdir.path.is_relative_to(Path.cwd()):
+            where = str(self.workdir.path.relative_to(Path.cwd()))
         files = "".join(f" --gin_file={file}" for file in self._files)
         bindings = "".join(f" --gin='{binding}'" for binding in self._bindings)
-        return f"python -m mlp_memory study {self.name} --workdir={self.workdir}{files}{bindings}"
+        return f"python -m mlp_memory study {self.name} --workdir={where}{files}{bindings}"
 
 
 def is_decoder(variant: Variant) -> bool:

@@ -17,6 +17,7 @@ from mlp_memory.studies.conclude import conclude
 from mlp_memory.studies.curves import read_curve
 from mlp_memory.studies.measure import read_measured
 from mlp_memory.studies.results import outcomes
+from mlp_memory.studies.sharing import _take
 from mlp_memory.studies.study import Study
 from mlp_memory.targets.interpolation import best_lambda, mixture_rows
 
@@ -129,6 +130,24 @@ def test_a_link_that_leads_nowhere_or_to_what_was_made_otherwise_is_replaced(stu
     assert opened(recipe, "k", workdir).next_piece() is None
     assert (variant / "datastore").resolve() == (workdir / "studies/k/recipe/datastore").resolve()
     assert (variant / "targets").resolve() == (workdir / "studies/k/recipe/targets").resolve()
+
+
+def test_where_links_cannot_be_an_artifact_is_copied_its_manifest_last(studied, tmp_path, monkeypatch):
+    source, target = Directory(studied[0] / "studies/k/recipe/targets"), Directory(tmp_path / "targets")
+    for directory in (source, target):
+        assert directory.kvstore
+        directory.is_local = False  # as a bucket is, behind the same reads and writes
+    written = []
+
+    def write(name: str, data: bytes) -> None:
+        written.append(name)
+        Directory.write(target, name, data)
+
+    monkeypatch.setattr(target, "write", write)
+    _take(source, target)
+    assert written[-1] == "manifest.json"
+    assert sorted(written) == source.names()
+    assert all(source.read(name) == target.read(name) for name in written)
 
 
 def test_a_variant_that_was_made_otherwise_is_refused(studied, recipe):

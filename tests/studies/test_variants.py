@@ -73,7 +73,7 @@ def test_a_plan_says_what_variants_share(recipe):
         ("k", "study.ks = (8, 0)", "variant k_0: retrieve.k = 0"),
         ("depth", "study.depths = (2, 0)", "variant depth_0: memory.layers = 0"),
         ("style", "study.styles = ('llama', 'rwkv')", "variant style_rwkv: memory.style = 'rwkv'"),
-        ("tap", "study.taps = (0, 2)", "tap layer 2 is outside a decoder of 2 layers"),
+        ("tap", "study.taps = (0, 1)", "tap layer 1 is outside a decoder of 1 layers"),
         ("scaling", "study.sizes = ((1, 24),)", "dim 24 has no whole number of heads of 16"),
         ("scaling", "study.sizes = (4,)", "4 is no pair"),
         ("scaling", "study.memory_share = 1.0", "study.memory_share = 1.0"),
