@@ -118,7 +118,8 @@ def fitted(
         for size in range(sizes)
     ]
     low, high = min(map(min, counts.values())), max(map(max, counts.values()))
-    crossing = np.exp(float(log_crossing(laws["decoder"], laws["memory"])))
+    with np.errstate(over="ignore"):  # nearly parallel curves may cross anywhere
+        crossing = np.exp(float(log_crossing(laws["decoder"], laws["memory"])))
     share, bounds = crossing_bounds(drawn["decoder"], drawn["memory"], low / _REACH, high * _REACH)
     return {
         "sizes": sizes,
