@@ -182,7 +182,7 @@ def text_claims(claims: Sequence[Claim]) -> str:
 
 def size_text(found: Sequence[Outcome]) -> str:
     """What a claim was measured on."""
-    low, high = min(o.parameters for o in found), max(o.parameters for o in found)
-    parameters = figure(low) if low == high else f"{figure(low)} to {figure(high)}"
+    low, high = (figure(end(o.parameters for o in found)) for end in (min, max))
+    parameters = low if low == high else f"{low} to {high}"
     test = found[0].numbers["test"]
     return f"{parameters} parameters; {test['scored_tokens']:,} test tokens, {test['interval_method']}"
