@@ -1,6 +1,7 @@
 """python -m mlp_memory STAGE: flags and gin, nothing else."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,6 +15,7 @@ from mlp_memory.artifacts import Directory, UserError, first_line
 from mlp_memory.inference.config import MODELS, WITHOUT_SEARCH
 from mlp_memory.job import Job, is_there
 from mlp_memory.recipes import SAVED, load_config, resolved_gin
+from mlp_memory.studies.config import STUDIES
 
 if TYPE_CHECKING:
     from mlp_memory.parallel.hosts import Hosts
@@ -112,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
                 help="the memory's share, or gate: a share of each token's own; "
                 "the best on validation if left out",
             )
+    _add_study(stages)
     _add_plan(stages)
     return parser
 
@@ -125,6 +128,15 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--gin", action="append", default=[], metavar="NAME.PARAM=VALUE", help="binding; may be given again"
     )
+
+
+def _add_study(stages: argparse._SubParsersAction) -> None:
+    text = "a recipe with one thing varied, and what the paper claims of it"
+    study = stages.add_parser("study", help=text, description=text)
+    study.add_argument("name", choices=STUDIES, help="; ".join(": ".join(item) for item in STUDIES.items()))
+    study.add_argument("--workdir", required=True, help="folder of the studies: a path, gs:// or s3://")
+    _add_recipe(study)
+    study.add_argument("--dry_run", action="store_true", help="print the variants and what they share")
 
 
 def _add_plan(stages: argparse._SubParsersAction) -> None:
@@ -213,11 +225,39 @@ def _run(args: argparse.Namespace, job: Job) -> None:
                 print(f"--- {stage.name}: {stage.help}", flush=True)
             _work(job, stage, hosts)
     if name:
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", "mlp_memory", *sys.argv[1:]])
+        _start_afresh()
     if hosts.index == 0:
         print(status_table(job), file=sys.stderr)
         _show_results(job)
+
+
+def _start_afresh() -> None:
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "mlp_memory", *sys.argv[1:]])
+
+
+def _study(args: argparse.Namespace) -> None:
+    """Does the first stage that a variant lacks, then starts afresh, as `_run` does; shows the findings."""
+    from mlp_memory.parallel.hosts import joined
+    from mlp_memory.studies.conclude import conclude
+    from mlp_memory.studies.plan import plan_table
+    from mlp_memory.studies.study import Study
+    from mlp_memory.workdir import exclusive
+
+    study = Study(args.name, args.gin_file, args.gin, Directory(args.workdir))
+    if args.dry_run:
+        return print(plan_table(study))
+    with joined(study.recipe.hosts) as hosts, contextlib.ExitStack() as stack:
+        if hosts.index == 0:  # two studies at once would make twice what they share
+            stack.enter_context(exclusive(study.workdir / "studies"))
+        if piece := hosts.agree(study.next_piece() if hosts.index == 0 else None):
+            job, stage = study.open(*piece)
+            print(f"--- {job.workdir}: {stage.name}: {stage.help}", flush=True)
+            _work(job, stage, hosts)
+    if piece:
+        _start_afresh()
+    if hosts.index == 0:
+        print(conclude(study))
 
 
 def _first_missing(job: Job) -> str | None:
@@ -321,6 +361,8 @@ def _setting(source: str) -> str:
 
 
 def _dispatch(args: argparse.Namespace) -> None:
+    if args.stage == "study":
+        return _study(args)
     if args.stage == "plan":
         plan = _plan_retrieve if args.what == "retrieve" else _plan_training
         plan(args)

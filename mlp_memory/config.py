@@ -14,6 +14,7 @@ from mlp_memory.interchange.config import PretrainedConfig
 from mlp_memory.joint.config import GateConfig, JointConfig
 from mlp_memory.memory.config import DistillConfig, MemoryConfig
 from mlp_memory.parallel.config import FleetConfig, HostsConfig, MeshConfig
+from mlp_memory.studies.config import StudyConfig
 from mlp_memory.targets.config import RetrieveConfig
 
 
@@ -53,6 +54,7 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig)
     fleet: FleetConfig = dataclasses.field(default_factory=FleetConfig)
+    study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
 
     def __post_init__(self):
         if not self.pretrained.source:  # an imported decoder's shape is known once it is opened
@@ -76,5 +78,6 @@ class Config:
 
 
 def config_json(config: Config) -> dict[str, Any]:
-    """Every section as plain JSON, settings that cannot change a result left out."""
-    return {f.name: config_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    """Every section of a run as plain JSON, settings that cannot change a result left out."""
+    names = (field.name for field in dataclasses.fields(config))
+    return {name: config_dict(getattr(config, name)) for name in names if name != "study"}

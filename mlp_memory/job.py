@@ -100,7 +100,7 @@ class Job:
         if folder == "memory" and pretrained.memory:
             return "import_memory"
         imported = folder == "decoder" and pretrained.source and not pretrained.finetune
-        return "import" if imported else MADE_BY[folder]
+        return "import" if imported else MADE_BY.get(folder, "study")
 
     @functools.cached_property
     def embed_config(self) -> EmbedConfig:

@@ -1,7 +1,6 @@
 """Perplexity and its uncertainty, from the nats of each scored token."""
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,22 +78,31 @@ def bootstrap_mean(
         )
     if not np.isfinite(nll_N).all():
         raise ValueError(f"row {int(np.isfinite(nll_N).argmin())} of nll is not finite")
-    group_N, what = units_of(document_ids_N)
-    sums_G, counts_G = np.bincount(group_N, weights=nll_N), np.bincount(group_N)
-    # Elementwise and not `@`: BLAS adds in an order that depends on its thread count.
-    means = [
-        (drawn_SxG * sums_G).sum(1) / (drawn_SxG * counts_G).sum(1)
-        for drawn_SxG in _resamples(len(sums_G), samples, seed)
-    ]
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(low), float(high), f"bootstrap over {what}")
+    means_S = resampled_means(nll_N[None], document_ids_N, samples, seed)[:, 0]
+    low, high = np.quantile(means_S, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high), f"bootstrap over {units_of(document_ids_N)[1]}")
 
 
-def _resamples(groups: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each group is drawn in each resample, int64 [S, groups], some resamples at a time."""
+def resampled_means(
+    nll_JxN: np.ndarray, document_ids_N: np.ndarray, samples: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """Means of J systems' nats over the same resamples of `units_of` the documents, float64 [samples, J].
+
+    What is made of a row (a difference, a fit over systems) has as its percentile interval the quantiles of
+    that over the rows. Equal arguments give equal resamples.
+    """
+    group_N = units_of(document_ids_N)[0]
+    sums_JxG = np.stack([np.bincount(group_N, weights=nll_N) for nll_N in nll_JxN])
+    counts_G = np.bincount(group_N)
+    groups = len(counts_G)
     rng = np.random.default_rng(seed)
+    found = []
     for start in range(0, samples, batch := max(1, _COUNTS_PER_BATCH // groups)):
-        yield rng.multinomial(groups, np.full(groups, 1 / groups), size=min(batch, samples - start))
+        drawn_SxG = rng.multinomial(groups, np.full(groups, 1 / groups), size=min(batch, samples - start))
+        # Elementwise and not `@`: BLAS adds in an order that depends on its thread count.
+        rows_S = (drawn_SxG * counts_G).sum(1)
+        found.append(np.stack([(drawn_SxG * sums_G).sum(1) / rows_S for sums_G in sums_JxG], axis=1))
+    return np.concatenate(found)
 
 
 def gain_recovered(base_nll: float, knn_nll: float, memory_nll: float) -> float | None:
@@ -124,16 +132,10 @@ def gain_interval(
     Returns:
       None where kNN-LM gains nothing in some resample: its share then has no bounds.
     """
-    group_N, _ = units_of(document_ids_N)
-    available_G, gained_G = (
-        np.bincount(group_N, weights=np.asarray(base_N, np.float64) - other_N)
-        for other_N in (knn_N, memory_N)
-    )
-    shares = []
-    for drawn_SxG in _resamples(len(available_G), samples, seed):
-        available_S = (drawn_SxG * available_G).sum(1)
-        if (available_S <= 0).any():
-            return None
-        shares.append((drawn_SxG * gained_G).sum(1) / available_S)
-    low, high = np.quantile(np.concatenate(shares), [(1 - level) / 2, (1 + level) / 2])
+    base_N = np.asarray(base_N, np.float64)
+    gains_2xN = np.stack([base_N - knn_N, base_N - memory_N])
+    available_S, gained_S = resampled_means(gains_2xN, document_ids_N, samples, seed).T
+    if (available_S <= 0).any():
+        return None
+    low, high = np.quantile(gained_S / available_S, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -1,6 +1,7 @@
 """Language-model pretraining, for the decoder and for the baseline of equal parameters."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,6 +53,7 @@ def pretrain(
     validation_stream: TokenStream,
     mesh: Mesh,
     initial: Decoder | None = None,
+    observe: Callable[[Decoder, int, dict[str, float]], None] | None = None,
 ) -> Manifest:
     """Trains a decoder on a stream and publishes it as `directory`.
 
@@ -63,6 +65,7 @@ def pretrain(
       train_stream, validation_stream: corpora of one vocabulary.
       mesh: devices.
       initial: what training starts from; None for fresh parameters.
+      observe: see `Task`.
 
     Raises:
       UserError: the loss is not finite.
@@ -84,6 +87,7 @@ def pretrain(
             WindowSource(train_stream, config.context), config.batch_size, config.seed, config.read_threads
         ),
         evaluate=evaluate,
+        observe=observe,
         initial=None if initial is None else nnx.to_pure_dict(nnx.state(initial)),
     )
     tokens = config.steps * config.batch_size * config.context

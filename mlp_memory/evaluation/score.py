@@ -31,7 +31,7 @@ class Systems:
     Attributes:
       base, joint, baseline: readers of the decoders.
       decoder: the base model itself, for samples.
-      memory: read with the taps of base and of joint.
+      memory: read with the taps of base and of joint; None where a decoder is scored alone.
       neighbors: kNN-LM's datastore and searches.
       gate, joint_gate: λ per token for base and for joint.
       mesh: devices.
@@ -41,7 +41,7 @@ class Systems:
     base: RowReader
     joint: RowReader | None
     baseline: RowReader | None
-    memory: Memory
+    memory: Memory | None
     neighbors: Neighbors | None
     gate: Gate | None
     joint_gate: Gate | None
@@ -120,6 +120,8 @@ def _score_rows(
         """Scores of a decoder, of the memory on its states, and λ by the gate; the states."""
         rows = jax.tree.map(lambda x_N: x_N[scored], reader.scores(stream, ranges))
         found[name] = rows.log_prob_N
+        if systems.memory is None:
+            return rows.taps_NxD
         found[f"{name}_memory"], spread = memory_scores(systems.memory, rows.taps_NxD, next_N, systems.mesh)
         if gate is not None:
             found[f"{name}_gate"] = np.asarray(gate_weight(gate, rows.spread, spread, rows.taps_NxD))

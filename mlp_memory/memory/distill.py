@@ -1,6 +1,7 @@
 """Distillation of the sparse kNN teacher into the memory."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -100,14 +101,20 @@ def distillation_loss(
       remat: see `scan_blocks`.
       mesh: devices that the batch is split over.
     """
-    names, leading = ("h", "token_ids", "probs", "labels", "weight"), batch["labels"].ndim
+    rows = batch["labels"].size
+    hidden_NxD = model(batch["h"].reshape(rows, -1), key, dtype, remat)
+    return sparse_cross_entropy(hidden_NxD, model.head_kernel(), *soft_targets(batch, alpha), mesh)
+
+
+def soft_targets(batch: dict[str, jax.Array], alpha: float) -> tuple[jax.Array, jax.Array]:
+    """t = α·p_kNN + (1 − α)·onehot(y) of a batch, row after row: token ids and weights, both [N, m + 1]."""
+    names, leading = ("token_ids", "probs", "labels", "weight"), batch["labels"].ndim
     flat = {k: batch[k].reshape(batch["labels"].size, *batch[k].shape[leading:]) for k in names}
     teacher_NxM = alpha * flat["probs"].astype(jnp.float32)
     next_N = 1.0 - teacher_NxM.sum(-1)
     ids_NxM1 = jnp.concatenate([flat["token_ids"].astype(jnp.int32), flat["labels"][:, None]], axis=-1)
     weights_NxM1 = jnp.concatenate([teacher_NxM, next_N[:, None]], axis=-1) * flat["weight"][:, None]
-    hidden_NxD = model(flat["h"], key, dtype, remat)
-    return sparse_cross_entropy(hidden_NxD, model.head_kernel(), ids_NxM1, weights_NxM1, mesh)
+    return ids_NxM1, weights_NxM1
 
 
 def mixture_figures(base_log_prob_N: np.ndarray, memory_log_prob_N: np.ndarray) -> dict[str, float]:
@@ -161,6 +168,7 @@ def distill(
     targets: Directory,
     validation: ValidationRows,
     mesh: Mesh,
+    observe: Callable[[Memory, int, dict[str, float]], None] | None = None,
 ) -> Manifest:
     """Trains the memory on hidden states and teachers and publishes it as `directory`.
 
@@ -172,6 +180,7 @@ def distill(
       stream, states, targets: what to train on, row by row.
       validation: held-out rows.
       mesh: devices.
+      observe: see `Task`.
 
     Raises:
       UserError: arrays that do not belong together, a loss that is not finite.
@@ -200,6 +209,7 @@ def distill(
         distill_task(model_config, config, states, mesh),
         batches=Batches(source, config.batch_size, config.seed, config.read_threads),
         evaluate=evaluate,
+        observe=observe,
     )
     rows = config.steps * task.unit_per_step
     return train(

@@ -47,6 +47,7 @@ class Task:
       unit_per_step: how many of them.
       batches: where steps come from; None where the step is only lowered.
       evaluate: validation figures of a model; must hold "validation_loss"; None as above.
+      observe: called with the model, the step and the figures of each validation, before its checkpoint.
       frozen: pytree handed to `loss`, not differentiated.
       initial: parameters to start from, a pure dict; None for fresh ones.
       published: the model that becomes of the trained one; None for itself.
@@ -59,6 +60,7 @@ class Task:
     unit_per_step: int
     batches: Batches | None = None
     evaluate: Callable[[nnx.Module], dict[str, float]] | None = None
+    observe: Callable[[nnx.Module, int, dict[str, float]], None] | None = None
     frozen: Any = None
     initial: Any = None
     published: Callable[[nnx.Module], nnx.Module] | None = None
@@ -305,12 +307,15 @@ def _take_steps(
     metrics = Metrics(directory, -1 if first is None else first)
 
     def validate_and_save(step: int) -> None:
-        figures = {k: float(v) for k, v in task.evaluate(run.model(state["params"])).items()}
+        model = run.model(state["params"])
+        figures = {k: float(v) for k, v in task.evaluate(model).items()}
         if not np.isfinite(figures["validation_loss"]):
             raise UserError(
                 f"{task.name}: the validation loss is {figures['validation_loss']} at step {step}: lower "
                 "learning_rate; the last checkpoint is kept"
             )
+        if task.observe:
+            task.observe(model, step, figures)
         metrics.write(step, figures)
         metrics.flush()
         steps.save(step, state, figures)
