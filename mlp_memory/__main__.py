@@ -217,6 +217,7 @@ def _run(args: argparse.Namespace, job: Job) -> None:
     if hosts.index == 0:
         print(status_table(job), file=sys.stderr)
         _show_results(job)
+        _show_benchmarks(job)
 
 
 def _first_missing(job: Job) -> str | None:
@@ -233,8 +234,10 @@ def _one_stage(job: Job, stage: pipeline.Stage) -> None:
             _work(job, stage, hosts)
         elif hosts.index == 0:
             print(f"{stage.name}: done before, in {job.workdir / stage.folder}", file=sys.stderr)
-    if stage.name == "evaluate" and hosts.index == 0:
+    if hosts.index == 0 and stage.name == "evaluate":
         _show_results(job)
+    if hosts.index == 0 and stage.name == "benchmark":
+        _show_benchmarks(job)
 
 
 def _work(job: Job, stage: pipeline.Stage, hosts: "Hosts") -> None:
@@ -245,6 +248,7 @@ def _work(job: Job, stage: pipeline.Stage, hosts: "Hosts") -> None:
     """
     import jax
 
+    from mlp_memory.evaluation.harness.ready import check
     from mlp_memory.workdir import exclusive, timed
 
     if stage.together:
@@ -254,9 +258,10 @@ def _work(job: Job, stage: pipeline.Stage, hosts: "Hosts") -> None:
     elif hosts.count > 1:
         mesh = job.config.mesh.of_one_process(jax.device_count())
         job = Job(job.workdir, dataclasses.replace(job.config, mesh=mesh))
-    # An impossible mesh, or a memory of another decoder, is told before any stage's work.
+    # An impossible mesh, a memory of another decoder or a benchmark without its data is told before any work.
     job.config.mesh.sizes(jax.device_count())
     job.check_memory()
+    check(job.config.benchmark)
     if hosts.index > 0:
         hosts.agree()  # process 0 has the workdir for this job
         stage.work(job, job.workdir / stage.folder)
@@ -275,6 +280,14 @@ def _show_results(job: Job) -> None:
     if data is not None:
         print(results_table(json.loads(data)))
         print(f"\nreport: {job.workdir}/reports/index.html")
+
+
+def _show_benchmarks(job: Job) -> None:
+    from mlp_memory.evaluation.harness.findings import benchmark_table
+
+    if job.config.benchmark.wanted and (data := job.workdir.read("benchmarks/results.json")) is not None:
+        print(benchmark_table(json.loads(data)))
+        print(f"\nevery example: {job.workdir}/benchmarks/examples")
 
 
 def _generate(args: argparse.Namespace, job: Job) -> None:

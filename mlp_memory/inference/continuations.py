@@ -2,7 +2,7 @@
 
 What a decoder and its partners (the memory, kNN over a datastore) give a token does not depend on λ, and
 neither do the bounds between which λ must lie for the token to be the likeliest. So one pass of the models
-serves a whole curve over λ. Continuations of one beginning share its reading: what their tokens have in common
+serves a whole curve over λ. Continuations of one beginning share its reading: what they have in common
 is read once and kept in the decoder's cache.
 """
 
@@ -123,7 +123,7 @@ class ContinuationScorer:
     """Scores continuations of any lengths, in batches of few shapes.
 
     Args:
-      mixture: the decoder, and its memory if it has one; with a gate as its weight the gate's λ are found too.
+      mixture: the decoder, and its memory if it has one; with a gate as weight its λ are found too.
       context: longest window; longer texts are read through windows that overlap by half.
       neighbors: further partners by name: taps [Q, D] float32 -> p_kNN.
       batch_tokens: read at once.
@@ -316,7 +316,7 @@ def _common(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _length_of(length: int, context: int) -> int:
-    """The padded length of a beginning: multiples of 64, then of 128, then of 256, none beyond the context."""
+    """The padded length of a beginning: multiples of 64, then 128, then 256, none beyond the context."""
     step = 64 if length <= 256 else 128 if length <= 512 else 256
     return min(-(-max(length, 1) // step) * step, max(context, length))
 
