@@ -29,6 +29,7 @@ import lm_eval.api.task  # noqa: E402
 import lm_eval.tasks  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.metrics import mean  # noqa: E402
+from lm_eval.config.task import TaskConfig  # noqa: E402
 
 _FIRST = ("acc", "mc1", "exact_match", "bleu_acc")
 """A task's main metric is the first of these that it has, else its own first."""
@@ -127,7 +128,25 @@ class LocalTask(lm_eval.api.task.Task):
         self._examples, self._task, self._scoring = list(examples), task, scoring
         self._count_tokens, self._before, self._max_tokens = count_tokens, before, max_tokens
         self.OUTPUT_TYPE = "generate_until" if task.generates else "loglikelihood"
-        super().__init__(config={"task": task.name, "output_type": self.OUTPUT_TYPE, "num_fewshot": 0})
+        super().__init__()
+        settings = {"generation_kwargs": self._settings} if task.generates else {}
+        self._config = TaskConfig(
+            task=task.name, output_type=self.OUTPUT_TYPE, num_fewshot=0, test_split="test", **settings
+        )
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """Of a generation, as lm-eval writes them."""
+        greedy = {"do_sample": False, "temperature": 0.0}
+        return {"until": list(self._task.stop), "max_gen_toks": self._max_tokens, **greedy}
+
+    def build(self) -> "LocalTask":
+        """Makes the requests, as the evaluator would, without its bar."""
+        self._instances = []
+        for number, doc in enumerate(self._examples):
+            metadata = (self._task.name, number, 1)
+            self._instances += self.construct_requests(doc, self.doc_to_text(doc), metadata=metadata)
+        return self
 
     def download(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the examples are here."""
@@ -160,7 +179,7 @@ class LocalTask(lm_eval.api.task.Task):
     def construct_requests(self, doc: Example, ctx: str, **kwargs: Any) -> list[Instance]:
         """Each choice after the prompt, and after the domain premise where there is one; or the prompt."""
         if self._task.generates:
-            pairs = [(ctx, {"until": list(self._task.stop), "max_gen_toks": self._max_tokens})]
+            pairs = [(ctx, self._settings)]
         else:
             contexts = (ctx, doc.premise) if doc.premise else (ctx,)
             pairs = [(context, choice) for context in contexts for choice in doc.choices]
@@ -296,8 +315,7 @@ def local_task(
     """A task of files on disk, in its two parts (see `LocalTask` for the arguments)."""
     before = "".join(shot.context + shot.shot + BETWEEN_DEMONSTRATIONS for shot in parts.shots)
     examples = [*parts.validation, *parts.test]
-    built = LocalTask(task, examples, scoring, count_tokens, before, max_tokens)
-    built.build_all_requests()
+    built = LocalTask(task, examples, scoring, count_tokens, before, max_tokens).build()
     of = ["validation"] * len(parts.validation) + ["test"] * len(parts.test)
     return Asked(built, dict(enumerate(of)), {n: example.where for n, example in enumerate(examples)})
 

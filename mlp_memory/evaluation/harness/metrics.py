@@ -63,24 +63,25 @@ def answer_metrics(text: str, answers: Sequence[str]) -> dict[str, float]:
 
     Returns:
       exact_match: it is one of them. f1: of words, the best over them. contains: one of them stands in it,
-      as whole words.
+      as whole words. An empty text agrees with none.
     """
     said, right = _words(text), [_words(answer) for answer in answers]
     return {
-        "exact_match": float(any(said == words for words in right)),
+        "exact_match": float(any(said == words for words in right if words)),
         "f1": max(_f1(said, words) for words in right),
         "contains": float(any(_stands_in(words, said) for words in right if words)),
     }
 
 
 def _words(text: str) -> list[str]:
-    """Small letters, no punctuation, no articles."""
-    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+    """Small letters, no punctuation, no articles unless there is nothing else: no text equals an empty one."""
+    plain = text.lower().translate(_PUNCTUATION)
+    return _ARTICLES.sub(" ", plain).split() or plain.split()
 
 
 def _f1(said: list[str], right: list[str]) -> float:
     if not said or not right:
-        return float(said == right)
+        return 0.0
     shared = sum((collections.Counter(said) & collections.Counter(right)).values())
     return 2 * shared / (len(said) + len(right))
 

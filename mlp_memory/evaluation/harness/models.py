@@ -166,6 +166,29 @@ class Models:
         return LanguageModel(mixture, self.vocabulary, config, self.context, lambda *_: steps), steps
 
 
+class SystemAt:
+    """One system at one λ, as `adapter.HarnessModel` takes it.
+
+    Args:
+      models: of the workdir.
+      system: its name.
+      weight: λ, or "gate".
+    """
+
+    def __init__(self, models: Models, system: str, weight: Weight = 0.0):
+        self._models, self._system, self._weight = models, system, weight
+
+    def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation after its context, in nats, and whether it is greedy."""
+        wanted = SYSTEM[self._system]
+        log_prob_R, greedy_R = self._models.score(wanted.decoder, pairs).at(wanted.partner, self._weight)
+        return list(zip(log_prob_R.tolist(), greedy_R.tolist()))
+
+    def generate(self, prompts: Sequence[str], stop: tuple[str, ...], max_tokens: int) -> list[str]:
+        """The greedy continuation of each prompt."""
+        return self._models.generate(self._system, self._weight, prompts, stop, max_tokens)
+
+
 def _window(decoder: DecoderConfig, context: int) -> int:
     """The longest window that a decoder may be read through.
 

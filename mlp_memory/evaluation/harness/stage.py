@@ -56,6 +56,8 @@ def benchmark(directory: Directory, begin: Callable[[], Manifest], job: "Job") -
             system: {metric: outcome.figures(system, metric) for metric in outcome.metrics}
             for system in config.systems
         }
+        if asked.generates:
+            about["empty_answers"] = {system: _empty(outcome, system) for system in config.systems}
         about |= {"main_metric": outcome.main, "metrics": list(outcome.metrics)}
         outcomes.append(outcome)
     used = [
@@ -183,6 +185,12 @@ def _outcome(asked: "Asked", config: BenchmarkConfig, models: Models, directory:
         return [found[n] for n in numbers]
 
     return Outcome(asked, config, adapter.main_metric, scores, generate)
+
+
+def _empty(outcome: Outcome, system: str) -> int:
+    """Test examples to which nothing was answered: they stay, and agree with no right answer."""
+    texts = outcome.answers(system, outcome.choice(system, outcome.main), "test").values()
+    return sum(isinstance(text, str) and not text.strip() for text in texts)
 
 
 def _pooled(
