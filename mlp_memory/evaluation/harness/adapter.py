@@ -7,6 +7,7 @@ goes to a folder that ends with the process.
 import difflib
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +31,9 @@ import lm_eval.tasks  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.metrics import mean  # noqa: E402
 from lm_eval.config.task import TaskConfig  # noqa: E402
+
+# A task of its plain kind is said to lack settings, before it can be given them.
+logging.getLogger("lm_eval.config.task").setLevel(logging.ERROR)
 
 _FIRST = ("acc", "mc1", "exact_match", "bleu_acc")
 """A task's main metric is the first of these that it has, else its own first."""

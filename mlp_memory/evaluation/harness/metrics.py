@@ -35,7 +35,8 @@ def choice_metrics(
     """
     log_prob_C = np.asarray(log_prob_C, np.float64)
     scores = {"likelihood": log_prob_C}
-    scores["likelihood_per_byte"] = log_prob_C / [len(choice.encode()) for choice in example.choices]
+    # Less the space before it, as lm-eval counts.
+    scores["likelihood_per_byte"] = log_prob_C / [len(choice.strip().encode()) for choice in example.choices]
     scores["likelihood_per_token"] = log_prob_C / np.maximum(tokens_C, 1)
     if premise_C is not None:
         scores["pmi"] = log_prob_C - np.asarray(premise_C, np.float64)

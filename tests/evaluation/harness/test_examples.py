@@ -83,7 +83,12 @@ ROWS = {
         0,
     ),
     "factor_news": (
-        {"": "0", "full_prefix": "It was. ", "completion": "c", **{f"contradiction_{i}": f"x{i}" for i in range(3)}},
+        {
+            "": "0",
+            "full_prefix": "It was. ",
+            "completion": "c",
+            **{f"contradiction_{i}": f"x{i}" for i in range(3)},
+        },
         "It was.",
         (" c", " x0", " x1", " x2"),
         0,
@@ -195,7 +200,10 @@ def test_what_a_task_leaves_out_by_definition_is_counted_apart():
 
 def test_about_half_of_the_judged_answers_are_hallucinated_and_each_is_what_it_says(rng):
     rows = [
-        Row("f", {"knowledge": "K", "question": f"Q{x}", "right_answer": f"r{x}", "hallucinated_answer": f"h{x}"})
+        Row(
+            "f",
+            {"knowledge": "K", "question": f"Q{x}", "right_answer": f"r{x}", "hallucinated_answer": f"h{x}"},
+        )
         for x in rng.integers(0, 1 << 60, 400)
     ]
     examples, _ = made(TASKS["halueval_qa_judge"], rows)

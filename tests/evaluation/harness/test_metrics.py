@@ -15,7 +15,7 @@ def test_the_likeliest_choice_is_found_by_each_scoring():
         scoring: choice_metrics(example(), log_prob, premise, tokens, scoring)["acc"]
         for scoring in ("likelihood", "likelihood_per_byte", "likelihood_per_token", "pmi")
     }
-    # By byte −0.5, −0.67, −1.5; by token −1, −0.5, −3; by PMI −0.5, 2, 0.
+    # By byte −1, −1, −3: a tie; by token −1, −0.5, −3; by PMI −0.5, 2, 0.
     assert found == {"likelihood": 0, "likelihood_per_byte": 0, "likelihood_per_token": 1, "pmi": 1}
     both = choice_metrics(example(), log_prob, premise, tokens, "likelihood")
     assert both == {"acc": 0.0, "acc_pmi": 1.0}

@@ -45,7 +45,12 @@ def test_in_tables_set_apart_by_tabs_quotation_marks_are_text(tmp_path):
 
 def test_a_row_that_is_no_row_is_a_fault_of_its_own(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1,2\n3\n4,5,6\n7,8\n")
-    assert [row.fault for row in rows.read(tmp_path / "t.csv")] == ["", "1 columns, not 2", "3 columns, not 2", ""]
+    assert [row.fault for row in rows.read(tmp_path / "t.csv")] == [
+        "",
+        "1 columns, not 2",
+        "3 columns, not 2",
+        "",
+    ]
     (tmp_path / "j.json").write_text('[{"a": 1}, 2]')
     assert [row.fault for row in rows.read(tmp_path / "j.json")] == ["", "not an object"]
 
