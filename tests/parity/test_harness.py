@@ -263,9 +263,36 @@ def run_benchmark(folder: Path, imported: Path, workdir: Path) -> Job:
     return job
 
 
+class Calls:
+    """Counts what is scored and generated, and stops it after so many times."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.made, self.left = 0, 1 << 30
+        for name in ("score", "generate"):
+            patch.setattr(Models, name, self._counted(getattr(Models, name)))
+
+    def _counted(self, whole):
+        def call(*args):
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            self.made += 1
+            return whole(*args)
+
+        return call
+
+
 @pytest.fixture(scope="module")
-def finished(folder, imported, tmp_path_factory) -> Job:
-    return run_benchmark(folder, imported, tmp_path_factory.mktemp("finished"))
+def finished_and_calls(folder, imported, tmp_path_factory) -> tuple[Job, int]:
+    with pytest.MonkeyPatch.context() as patch:
+        calls = Calls(patch)
+        job = run_benchmark(folder, imported, tmp_path_factory.mktemp("finished"))
+        return job, calls.made
+
+
+@pytest.fixture
+def finished(finished_and_calls) -> Job:
+    return finished_and_calls[0]
 
 
 def read(job: Job, name: str) -> bytes:
@@ -316,35 +343,18 @@ def test_figures_are_lm_evals_at_the_same_lambda(finished, folder, imported, mod
 
 
 def test_a_killed_benchmark_goes_on_and_ends_in_the_same_bytes(
-    finished, folder, imported, tmp_path, monkeypatch, rng
+    finished_and_calls, folder, imported, tmp_path, monkeypatch, rng
 ):
-    calls = {"left": int(rng.integers(1, 12)), "score": 0, "generate": 0}
-
-    def counted(name):
-        whole = getattr(Models, name)
-
-        def call(self, *args):
-            if not calls["left"]:
-                raise KeyboardInterrupt
-            calls["left"] -= 1
-            calls[name] += 1
-            return whole(self, *args)
-
-        return call
-
-    for name in ("score", "generate"):
-        monkeypatch.setattr(Models, name, counted(name))
+    (finished, wanted), calls = finished_and_calls, Calls(monkeypatch)
+    calls.left = int(rng.integers(1, wanted))
     with pytest.raises(KeyboardInterrupt):
         run_benchmark(folder, imported, tmp_path)
-    before = calls["score"] + calls["generate"]
-    calls["left"] = 1 << 30
+    assert read(Job(Directory(tmp_path), finished.config), "results.json") is None
+    calls.left = 1 << 30
     job = run_benchmark(folder, imported, tmp_path)
+    assert calls.made == wanted  # nothing twice
     for name in ("results.json", "findings.json", "examples/cb.jsonl", "examples/nq_open.jsonl"):
         assert read(job, name) == read(finished, name), name
-    again = calls["score"] + calls["generate"] - before
-    calls["score"] = calls["generate"] = 0
-    run_benchmark(folder, imported, tmp_path / "whole")
-    assert before + again == calls["score"] + calls["generate"]
 
 
 def test_what_is_asked_of_lm_eval_and_is_not_there_is_one_line(folder, imported, tmp_path):

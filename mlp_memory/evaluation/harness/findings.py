@@ -21,11 +21,12 @@ _PAPER = {
     "halueval_summarization": "50.27 → 52.41",
     "strategyqa": "improves",
 }
+_COLUMNS = ("task", "examples", "system", "λ", "figure", "gain over base", "better : worse")
 
 
 def findings(results: Mapping[str, Any]) -> Findings:
     """Of a results.json of `stage`."""
-    tables = [Table("At each task's own λ", _columns(results), tuple(_rows(results)), tuple(_notes(results)))]
+    tables = [Table("At each task's own λ", _COLUMNS, tuple(_rows(results)), tuple(_notes(results)))]
     if pooled := _pooled_rows(results):
         head = ("task", *(results["systems"][system] for system in results["one_lambda"]))
         tables.append(Table("At one λ for all", head, tuple(pooled)))
@@ -40,53 +41,53 @@ def findings(results: Mapping[str, Any]) -> Findings:
 
 def benchmark_table(results: Mapping[str, Any]) -> str:
     """The first table for a terminal, with its notes; ends in a newline."""
-    return "\n".join([*boxed([_columns(results), *_rows(results)]), *_notes(results), ""])
-
-
-def _columns(results: Mapping[str, Any]) -> tuple[str, ...]:
-    systems = results["systems"]
-    others = [cell for name, label in systems.items() if name != "base" for cell in (label, "gain")]
-    return ("task", "metric", "examples", systems["base"], *others)
+    return "\n".join([*boxed([_COLUMNS, *_rows(results)]), *_notes(results), ""])
 
 
 def _rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row for each task, metric and system; figures that are no shares are in results.json only."""
     found = []
     for task in results["tasks"].values():
         main = task["main_metric"]
-        for metric in (main, *(metric for metric in task["metrics"] if metric != main)):
-            cells = [task["title"] if metric == main else "", metric, f"{task['test']:,}"]
-            for system in results["systems"]:
-                cells += _cells(task["systems"][system][metric], system == "base")
-            found.append(tuple(cells))
+        shown = (main, *(metric for metric in task["shares"] if metric != main))
+        for metric in shown:
+            title = f"{task['title']}, {metric}"
+            for system, label in results["systems"].items():
+                figures = task["systems"][system][metric]
+                cells = _cells(figures, metric in task["shares"])
+                found.append((title if system == "base" else "", f"{task['test']:,}", label, *cells))
     if average := results.get("average"):
-        cells = [f"mean of {average['tasks']}", "", ""]
-        for system in results["systems"]:
-            one = average["systems"][system]
-            cells += [_percent(one["value"])] + ([] if system == "base" else [_gain(one["gain"])])
-        found.append(tuple(cells))
+        for system, label in results["systems"].items():
+            title = f"mean of {average['tasks']} tasks" if system == "base" else ""
+            found.append((title, "", label, *_cells(average["systems"][system], True)))
     return found
 
 
-def _cells(figures: Mapping[str, Any], base: bool) -> list[str]:
-    if base:
-        return [_percent(figures["value"])]
-    weight = figures["lambda"]
-    at = "gate" if weight == "gate" else f"λ {weight:g}"
-    return [f"{_percent(figures['value'])} ({at})", _gain(figures["gain"])]
+def _cells(figures: Mapping[str, Any], share: bool) -> tuple[str, ...]:
+    """λ, the figure, its gain over base with its interval, wins and losses with the sign test's p."""
+    weight, found = figures.get("lambda", DASH), figures.get("gain")
+    at = f"{weight:g}" if is_number(weight) else str(weight)
+    value = _figure(figures["value"], share)
+    if found is None:
+        return at, value, DASH, DASH
+    counts = f"{found['wins']} : {found['losses']}, p {found['p']:.2g}" if "p" in found else DASH
+    return at, value, _gain(found, share), counts
 
 
-def _percent(value: float) -> str:
+def _figure(value: float, share: bool = True) -> str:
     """Shares in percent, other figures as they are."""
     if not is_number(value):
         return DASH
-    return f"{100 * value:.1f}" if 0 <= value <= 1 else f"{value:.2f}"
+    return f"{100 * value:.1f}" if share else f"{value:.4g}"
 
 
-def _gain(found: Mapping[str, Any]) -> str:
-    text = f"{100 * found['difference']:+.1f}"
+def _gain(found: Mapping[str, Any], share: bool = True) -> str:
+    scale, digits = (100, 1) if share else (1, 3)
+    text = f"{scale * found['difference']:+.{digits}f}"
     if found.get("interval"):
-        text += " ({:+.1f} … {:+.1f})".format(*(100 * bound for bound in found["interval"]))
-    return text + (f" p {found['p']:.2g}" if "p" in found else "")
+        low, high = (f"{scale * bound:+.{digits}f}" for bound in found["interval"])
+        text += f" ({low} … {high})"
+    return text
 
 
 def _notes(results: Mapping[str, Any]) -> list[str]:
@@ -98,7 +99,7 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     ]
     for task in tasks:
         if task.get("majority"):
-            notes.append(f"{task['title']}: the commonest label alone has {_percent(task['majority'])}.")
+            notes.append(f"{task['title']}: the commonest label alone has {_figure(task['majority'])}.")
         unusable = [
             f"{count} rows of {file}: {reason}"
             for file, rows in task.get("rows", {}).items()
@@ -106,24 +107,27 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
         ]
         if unusable:
             notes.append(f"{task['title']}, not used: {'; '.join(unusable)}.")
-        if task["longer_than_the_context"]:
-            notes.append(f"{task['title']}: {task['longer_than_the_context']} examples longer than a window.")
+        if long := task["longer_than_the_context"]:
+            notes.append(f"{task['title']}: {long} examples longer than a window.")
+        if empty := {system: count for system, count in task.get("empty_answers", {}).items() if count}:
+            counted = ", ".join(f"{results['systems'][system]} {count}" for system, count in empty.items())
+            notes.append(f"{task['title']}, nothing answered: {counted}.")
     return notes
 
 
 def _pooled_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows = []
     for task in results["tasks"].values():
-        if found := task.get("one_lambda"):
-            figures = [found.get(system) for system in results["one_lambda"]]
-            cells = [
-                f"{_percent(one[task['main_metric']]['value'])} (λ {one['lambda']:g}) "
-                f"{_gain(one[task['main_metric']]['gain'])}"
-                if one
-                else DASH
-                for one in figures
-            ]
-            rows.append((f"{task['title']}, {task['main_metric']}", *cells))
+        metric, found = task["main_metric"], task.get("one_lambda", {})
+        share, cells = metric in task["shares"], []
+        for system in results["one_lambda"]:
+            if (one := found.get(system)) is None:
+                cells.append(DASH)
+                continue
+            figure, gain = _figure(one[metric]["value"], share), _gain(one[metric]["gain"], share)
+            cells.append(f"{figure} (λ {one['lambda']:g}), {gain}")
+        if found:
+            rows.append((f"{task['title']}, {metric}", *cells))
     return rows
 
 
@@ -148,15 +152,16 @@ def _claims(results: Mapping[str, Any]) -> list[Claim]:
     claims = []
     for name, paper in _PAPER.items():
         if (task := results["tasks"].get(name)) is not None:
-            metric = task["main_metric"]
+            metric, share = task["main_metric"], task["main_metric"] in task["shares"]
             base, memory = (task["systems"][system][metric] for system in ("base", "base_plus_memory"))
             claims.append(
                 _claim(
                     f"The memory improves {task['title']} ({metric})",
                     paper,
-                    f"{_percent(base['value'])} → {_percent(memory['value'])}",
+                    f"{_figure(base['value'], share)} → {_figure(memory['value'], share)}",
                     memory["gain"],
                     f"{task['test']:,} examples, {_size(results)}",
+                    share,
                 )
             )
     nine = results.get("nine")
@@ -167,7 +172,7 @@ def _claims(results: Mapping[str, Any]) -> list[Claim]:
             _claim(
                 "The memory improves zero-shot classification, the mean of nine tasks",
                 "67.86 → 73.07",
-                f"{_percent(base['value'])} → {_percent(one['value'])}, {nine['tasks']} of the nine",
+                f"{_figure(base['value'])} → {_figure(one['value'])}, {nine['tasks']} of the nine",
                 one["gain"],
                 _size(results),
             )
@@ -175,10 +180,12 @@ def _claims(results: Mapping[str, Any]) -> list[Claim]:
     return claims
 
 
-def _claim(claim: str, paper: str, ours: str, found: Mapping[str, Any], size: str) -> Claim:
+def _claim(
+    claim: str, paper: str, ours: str, found: Mapping[str, Any], size: str, share: bool = True
+) -> Claim:
     bounds = found.get("interval")
     gain = Gain(found["difference"], tuple(bounds) if bounds else None, 0, 0, 0, 1.0)
-    interval = f"gain {_gain(found)}" if bounds else ""
+    interval = f"gain {_gain(found, share)}" if bounds else ""
     return Claim(claim, paper, ours, interval, verdict(gain), size, COMMAND)
 
 

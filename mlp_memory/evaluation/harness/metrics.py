@@ -75,7 +75,7 @@ def answer_metrics(text: str, answers: Sequence[str]) -> dict[str, float]:
 
 
 def _words(text: str) -> list[str]:
-    """Small letters, no punctuation, no articles unless there is nothing else: no text equals an empty one."""
+    """Small letters, no punctuation, no articles unless there is nothing else."""
     plain = text.lower().translate(_PUNCTUATION)
     return _ARTICLES.sub(" ", plain).split() or plain.split()
 

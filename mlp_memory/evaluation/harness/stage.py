@@ -1,7 +1,7 @@
 """The benchmark stage: tasks one after another, results.json, records of every example, findings.json."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,7 @@ def benchmark(directory: Directory, begin: Callable[[], Manifest], job: "Job") -
         if asked.generates:
             about["empty_answers"] = {system: _empty(outcome, system) for system in config.systems}
         about |= {"main_metric": outcome.main, "metrics": list(outcome.metrics)}
+        about["shares"] = [metric for metric in outcome.metrics if _is_share(outcome, metric, config.systems)]
         outcomes.append(outcome)
     used = [
         "decoder",
@@ -213,13 +214,20 @@ def _pooled(
     return found
 
 
+def _is_share(outcome: Outcome, metric: str, systems: Sequence[str]) -> bool:
+    """Whether a metric is a mean over examples of numbers from 0 to 1, of which more is better."""
+    if not outcome.asked.is_mean(metric) or not outcome.asked.higher(metric):
+        return False
+    values = [outcome.values(system, outcome.choice(system, metric), "test")[metric] for system in systems]
+    return all(0 <= value <= 1 for values_E in values for value in values_E)
+
+
 def _average(config: BenchmarkConfig, outcomes: list[Outcome]) -> dict[str, Any] | None:
     """The mean over tasks of their main metrics, each at its own λ, where these are shares."""
-    of = [one for one in outcomes if one.asked.is_mean(one.main) and one.asked.higher(one.main)]
-    base = {one: np.asarray(one.values("base", 0.0, "test")[one.main], np.float64) for one in of}
-    of = [one for one in of if base[one].min() >= 0 and base[one].max() <= 1]
+    of = [one for one in outcomes if _is_share(one, one.main, config.systems)]
     if len(of) < 2:
         return None
+    base = {one: np.asarray(one.values("base", 0.0, "test")[one.main], np.float64) for one in of}
     found: dict[str, Any] = {}
     for system in config.systems:
         values = [one.values(system, one.choice(system, one.main), "test")[one.main] for one in of]

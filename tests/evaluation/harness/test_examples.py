@@ -1,9 +1,10 @@
+import itertools
 import json
 
 import pytest
 
 from mlp_memory.artifacts import UserError
-from mlp_memory.evaluation.harness.examples import Task, Unusable, load, made, text_of
+from mlp_memory.evaluation.harness.examples import Example, Task, Unusable, load, made, text_of
 from mlp_memory.evaluation.harness.names import TASKS as NAMES
 from mlp_memory.evaluation.harness.rows import Row
 from mlp_memory.evaluation.harness.tasks import TASKS
@@ -162,7 +163,7 @@ def test_a_row_without_a_field_or_with_an_empty_one_is_counted_and_named(name):
         examples, counts = made(TASKS[name], [whole, *bad])
         assert len(examples) == 1, field
         assert sum(counts.unusable.values()) == 3, field
-        assert sorted(sum(counts.first.values(), [])) == ["f, line 2", "f, line 3", "f, line 4"]
+        assert sorted(itertools.chain(*counts.first.values())) == ["f, line 2", "f, line 3", "f, line 4"]
         assert counts.to_json()["rows"] == 4
     assert counts.unusable["malformed row: 1 columns, not 2"] == 1
 
@@ -215,10 +216,6 @@ def test_about_half_of_the_judged_answers_are_hallucinated_and_each_is_what_it_s
 
 
 def _word(row):
-    example = ROWS["nq_open"]
-    del example
-    from mlp_memory.evaluation.harness.examples import Example
-
     if not row.fields["q"]:
         raise Unusable("empty field 'q'")
     return Example(row.where, text_of(row, "q"), (" a", " b"), (0,))
