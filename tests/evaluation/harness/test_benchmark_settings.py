@@ -61,7 +61,7 @@ def test_without_lm_eval_one_line_says_how_to_install_it(without_lm_eval):
 
 def test_data_that_is_not_there_is_told_before_any_work(monkeypatch, tmp_path):
     monkeypatch.setattr("mlp_memory.evaluation.harness.ready.require_lm_eval", lambda: None)
-    with pytest.raises(UserError, match="benchmark.data = '' is no folder"):
+    with pytest.raises(UserError, match=r"benchmark\.data = '' is no folder"):
         check(BenchmarkConfig(tasks=["cb"]))
     with pytest.raises(UserError, match=r"has no cb/dev\.jsonl, which cb needs"):
         check(BenchmarkConfig(tasks=["cb"], data=str(tmp_path)))

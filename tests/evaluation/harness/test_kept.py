@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -38,7 +40,7 @@ def test_chunks_are_scored_once_and_keep_each_context_together(tmp_path, pairs):
         assert same(found, score(pairs))
     assert sum(map(len, asked)) == len(pairs)
     assert len(asked) > 1
-    borders = [(one[-1][0], two[0][0]) for one, two in zip(asked, asked[1:])]
+    borders = [(one[-1][0], two[0][0]) for one, two in itertools.pairwise(asked)]
     assert all(before != after for before, after in borders)
 
 
