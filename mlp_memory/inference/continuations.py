@@ -28,7 +28,10 @@ MEMORY = "memory"
 
 _HEAD_ELEMENTS = 1 << 23
 _HEAD_ROWS = 256
-_TAILS = (4, 16, 64, 256, 1024, 4096)
+_TAILS = (16, 64, 256, 1024, 4096)
+_ROOM = 64
+"""Positions kept free after a beginning, whether it has tails or not: one program less for each length."""
+
 _GATHERED = 64
 _NEVER = 2.0
 
@@ -166,8 +169,8 @@ class ContinuationScorer:
             out |= {f"{partner} {name}": np.zeros(total, np.float32) for name in _FIELDS}
         waiting = _Waiting(self._head_rows, lambda *rows: self._write(out, *rows))
         first_R = np.cumsum(counts_R) - counts_R
-        for batch, tail in self._batches(self._groups(requests, first_R)):
-            self._score(batch, tail, waiting)
+        for batch, room in self._batches(self._groups(requests, first_R)):
+            self._score(batch, room, waiting)
         waiting.flush()
         partners = {p: Partner(*(out[f"{p} {name}"] for name in _FIELDS)) for p in self.partners}
         return Scored(counts_R, out["base"], out["greedy"], partners)
@@ -189,24 +192,25 @@ class ContinuationScorer:
         return groups + [_shared(texts) for texts in alike.values()]
 
     def _batches(self, groups: list[_Group]) -> list[tuple[list[_Group], int]]:
-        """Groups of like lengths, and the room that their longest tail takes."""
+        """Groups of like lengths, and the room for their longest tail."""
         by_shape = collections.defaultdict(list)
         for group in groups:
             longest = max((len(tail.tokens) for tail in group.tails), default=0)
-            by_shape[_length_of(len(group.tokens), self.context), _tail_of(longest)].append(group)
+            shape = _length_of(len(group.tokens), self.context), max(_ROOM, _tail_of(longest))
+            by_shape[shape].append(group)
         found = []
-        for (length, tail), alike in sorted(by_shape.items()):
+        for (length, room), alike in sorted(by_shape.items()):
             alike.sort(key=lambda group: (len(group.tails), len(group.tokens)))
             size = _batch_of(self._batch_tokens, length)
-            found += [(alike[at : at + size], tail) for at in range(0, len(alike), size)]
+            found += [(alike[at : at + size], room) for at in range(0, len(alike), size)]
         return found
 
-    def _score(self, groups: list[_Group], tail: int, waiting: "_Waiting") -> None:
+    def _score(self, groups: list[_Group], room: int, waiting: "_Waiting") -> None:
         length = _length_of(max(len(group.tokens) for group in groups), self.context)
         batch = _batch_of(self._batch_tokens, length)
         tokens_BxT = _padded([group.tokens for group in groups], batch, length)
         parameters = self._mixture.parameters
-        *states, cache = self._begin(parameters, tokens_BxT, capacity=length + tail)
+        *states, cache = self._begin(parameters, tokens_BxT, capacity=length + room)
         self._wait(states, [group.rows for group in groups], waiting)
         for k in range(max(len(group.tails) for group in groups)):
             # A row without a k-th tail is read as padding: the batch keeps its shape.

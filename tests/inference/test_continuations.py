@@ -24,10 +24,10 @@ def requests_of(rng):
 
 def test_one_pass_gives_what_each_lambda_gives_alone(make_mixture, decoder_config, rng):
     mixture, requests = make_mixture(decoder_config), requests_of(rng)
-    scored = ContinuationScorer(mixture, 16, batch_tokens=128)(requests)
+    scored, scorer = ContinuationScorer(mixture, 16, batch_tokens=128)(requests), Scorer(mixture, 16)
     for weight in LAMBDAS:
         mixture.interpolate(weight)
-        alone = Scorer(mixture, 16)([tokens for tokens, _ in requests])
+        alone = scorer([tokens for tokens, _ in requests])
         log_prob_R, greedy_R = scored.at("memory", weight)
         for (_, start), found, log_prob, greedy in zip(requests, alone, log_prob_R, greedy_R):
             assert log_prob == pytest.approx(float(found.log_prob_T[start - 1 :].sum()), abs=2e-4)

@@ -222,7 +222,9 @@ def test_a_local_task_runs_in_lm_evals_evaluator_under_either_backend(folder, mo
 
 
 def test_accuracies_and_mc2_are_lm_evals(folder, rng):
-    task = adapter.lm_eval.tasks.TaskManager(include_path=str(folder / "data")).load(["toy_choice"])
+    task = adapter.lm_eval.tasks.TaskManager(include_path=str(folder / "data"), include_defaults=False).load(
+        ["toy_choice"]
+    )
     task = task["tasks"]["toy_choice"]
     for doc in task.test_docs():
         log_prob = rng.normal(size=3) * 10 - 30
@@ -331,7 +333,7 @@ def test_a_benchmark_writes_every_tasks_figures_examples_and_findings(finished):
 def test_figures_are_lm_evals_at_the_same_lambda(finished, folder, imported, models):
     results = json.loads(read(finished, "results.json"))
     toy = results["tasks"]["toy_choice"]
-    manager = adapter.lm_eval.tasks.TaskManager(include_path=str(folder / "data"))
+    manager = adapter.lm_eval.tasks.TaskManager(include_path=str(folder / "data"), include_defaults=False)
     for system, weight in (("base", 0.0), ("base_plus_memory", 0.75)):
         model = adapter.HarnessModel(SystemAt(models, system, weight))
         found = evaluate(model, manager.load(["toy_choice"]), bootstrap_iters=0)["results"]["toy_choice"]
@@ -362,7 +364,7 @@ def test_what_is_asked_of_lm_eval_and_is_not_there_is_one_line(folder, imported,
     with pytest.raises(UserError, match=r"no task 'toy_choise' .did you mean 'toy_choice'"):
         adapter.library_tasks(["toy_choise"], str(folder / "data"), 0.3, limits)
     with pytest.raises(UserError, match=r"arc_easy: its data cannot be loaded .*nothing is fetched"):
-        adapter.library_tasks(["arc_easy"], "", 0.3, limits)
+        adapter.library_tasks(["arc_easy"], str(folder / "data"), 0.3, limits)
     sampled = {"until": ["\n"], "do_sample": True, "temperature": 0.7}
     with pytest.raises(UserError, match="do_sample"):
         adapter.generation(sampled, 8)

@@ -5,6 +5,7 @@ goes to a folder that ends with the process.
 """
 
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -338,7 +339,9 @@ def library_tasks(
     Raises:
       UserError: there is no such task, its data is not on this machine, or a part is empty.
     """
-    manager = lm_eval.tasks.TaskManager(include_path=include or None)
+    manager = _manager(include, defaults=not include)
+    if not set(names) <= set(manager.all_tasks):
+        manager = _manager(include, defaults=True)
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
@@ -356,6 +359,12 @@ def library_tasks(
         for task in tasks.values():
             found.append(_asked(task, fraction, limits))
     return found
+
+
+@functools.cache
+def _manager(include: str, defaults: bool) -> lm_eval.tasks.TaskManager:
+    """Knows the tasks of a folder, with lm-eval's own or without: those are thousands of files."""
+    return lm_eval.tasks.TaskManager(include_path=include or None, include_defaults=defaults)
 
 
 def _asked(task: Any, fraction: float, limits: Mapping[str, int]) -> Asked:
