@@ -339,6 +339,8 @@ def library_tasks(
     Raises:
       UserError: there is no such task, its data is not on this machine, or a part is empty.
     """
+    if not names:
+        return []
     manager = _manager(include, defaults=not include)
     if not set(names) <= set(manager.all_tasks):
         manager = _manager(include, defaults=True)

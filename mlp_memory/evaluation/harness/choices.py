@@ -117,7 +117,11 @@ def _factor_task(name: str, title: str) -> Task:
     )
 
 
-_PAIRS = "accuracy: after {}, the right {} has a higher log-likelihood than the hallucinated one"
+# Hallucinated texts are longer: the plain likelihood is against them, whatever they say.
+_PAIRS = (
+    "acc: after {}, the right {} has a higher log-likelihood per token than the hallucinated one; "
+    "acc_likelihood: a higher log-likelihood, which favours the shorter text"
+)
 _JUDGED = "accuracy of Yes or No to whether {} is hallucinated"
 
 TASKS = (
@@ -127,6 +131,7 @@ TASKS = (
         _PAIRS.format("knowledge and question", "answer"),
         _halueval_qa,
         test=("halueval/qa_data.json",),
+        scoring="likelihood_per_token",
     ),
     Task(
         "halueval_qa_judge",
@@ -141,6 +146,7 @@ TASKS = (
         _PAIRS.format("knowledge and history", "response"),
         _halueval_dialogue,
         test=("halueval/dialogue_data.json",),
+        scoring="likelihood_per_token",
     ),
     Task(
         "halueval_summarization",
@@ -148,6 +154,7 @@ TASKS = (
         _PAIRS.format("the document", "summary"),
         _halueval_summarization,
         test=("halueval/summarization_data.json",),
+        scoring="likelihood_per_token",
     ),
     Task(
         "halueval_general",

@@ -82,6 +82,8 @@ def _figure(value: float, share: bool = True) -> str:
 
 
 def _gain(found: Mapping[str, Any], share: bool = True) -> str:
+    if not is_number(found["difference"]):
+        return DASH
     scale, digits = (100, 1) if share else (1, 3)
     text = f"{scale * found['difference']:+.{digits}f}"
     if found.get("interval"):
@@ -177,16 +179,32 @@ def _claims(results: Mapping[str, Any]) -> list[Claim]:
                 _size(results),
             )
         )
+    if (task := results["tasks"].get("strategyqa")) is not None:
+        base = task["systems"]["base"]["acc"]
+        for system in ("knn_lm_exact", "knn_lm_scann"):
+            if (one := task["systems"].get(system)) is not None:
+                ours = f"{_figure(base['value'])} → {_figure(one['acc']['value'])}"
+                size = f"{task['test']:,} examples, {_size(results)}"
+                claim = f"{results['systems'][system]} harms StrategyQA (acc)"
+                claims.append(_claim(claim, "harmed", ours, one["acc"]["gain"], size, harms=True))
     return claims
 
 
 def _claim(
-    claim: str, paper: str, ours: str, found: Mapping[str, Any], size: str, share: bool = True
+    claim: str,
+    paper: str,
+    ours: str,
+    found: Mapping[str, Any],
+    size: str,
+    share: bool = True,
+    harms: bool = False,
 ) -> Claim:
     bounds = found.get("interval")
     gain = Gain(found["difference"], tuple(bounds) if bounds else None, 0, 0, 0, 1.0)
-    interval = f"gain {_gain(found, share)}" if bounds else ""
-    return Claim(claim, paper, ours, interval, verdict(gain), size, COMMAND)
+    interval, held = f"gain {_gain(found, share)}" if bounds else "", verdict(gain)
+    if harms:
+        held = {"yes": "no", "no": "yes"}.get(held, held)
+    return Claim(claim, paper, ours, interval, held, size, COMMAND)
 
 
 def _size(results: Mapping[str, Any]) -> str:

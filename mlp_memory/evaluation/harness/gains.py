@@ -1,6 +1,5 @@
 """The choice of λ on one part of a task, and what a system gains on the other."""
 
-import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -82,7 +81,7 @@ def interval(values_E: Sequence[float], samples: int, seed: int) -> tuple[float,
 
 def verdict(found: Gain) -> str:
     """Whether a gain is there: "yes" above 0 at its interval's lower end, "no" below 0 at the upper."""
-    if found.interval is None or math.isnan(found.difference):
+    if found.interval is None:
         return "unclear"
     low, high = found.interval
     return "yes" if low > 0 else "no" if high < 0 else "unclear"

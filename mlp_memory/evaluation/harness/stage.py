@@ -1,6 +1,7 @@
 """The benchmark stage: tasks one after another, results.json, records of every example, findings.json."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,10 +62,8 @@ def benchmark(directory: Directory, begin: Callable[[], Manifest], job: "Job") -
         about |= {"main_metric": outcome.main, "metrics": list(outcome.metrics)}
         about["shares"] = [metric for metric in outcome.metrics if _is_share(outcome, metric, config.systems)]
         outcomes.append(outcome)
-    used = [
-        "decoder",
-        *(["memory"] if any(SYSTEM[name].partner == MEMORY for name in config.systems) else []),
-    ]
+    remembers = any(SYSTEM[name].partner == MEMORY for name in config.systems)
+    used = ("decoder", "memory") if remembers else ("decoder",)
     results = {
         "schema": SCHEMA,
         "parameters": {name: job.manifest(name).facts.get("parameters") for name in used},
@@ -78,6 +77,7 @@ def benchmark(directory: Directory, begin: Callable[[], Manifest], job: "Job") -
     }
     for outcome in outcomes:
         _write_records(directory, outcome, config)
+    results = _finite(results)
     directory.write(RESULTS, artifacts.canonical_json(results).encode())
     directory.write("findings.json", artifacts.canonical_json(findings(results).to_json()).encode())
     artifacts.finish(directory, manifest)
@@ -107,14 +107,8 @@ def _gather(config: BenchmarkConfig, models: Models) -> list[tuple["Asked", dict
             "majority": _majority(parts.test),
         }
         found.append((asked, about | _sizes(asked)))
-    library = (
-        adapter.library_tasks(
-            config.lm_eval_tasks, config.lm_eval_include, config.validation_fraction, limits
-        )
-        if config.lm_eval_tasks
-        else []
-    )
-    for asked in library:
+    library = (config.lm_eval_tasks, config.lm_eval_include, config.validation_fraction, limits)
+    for asked in adapter.library_tasks(*library):
         about = {
             "title": asked.name,
             "measures": "as lm-eval's task of that name defines it",
@@ -239,7 +233,9 @@ def _average(config: BenchmarkConfig, outcomes: list[Outcome]) -> dict[str, Any]
 
 
 def _write_records(directory: Directory, outcome: Outcome, config: BenchmarkConfig) -> None:
-    """A line for each test example: where it stands, and under every system its metrics and answers."""
+    """A line for each test example: where it stands, and under every system its metrics and what was said:
+    log-likelihoods in nats in the order of the requests, or the text.
+    """
     asked = outcome.asked
     tested = [n for n, part in enumerate(asked.part_D) if part == "test"]
     lines: list[dict[str, Any]] = [{"where": asked.where_D[n]} for n in tested]
@@ -253,9 +249,18 @@ def _write_records(directory: Directory, outcome: Outcome, config: BenchmarkConf
             )
         for place, (line, n) in enumerate(zip(lines, tested)):
             metrics = {name: _plain(found[place]) for name, found in values.items()}
-            line[system] = {"lambda": weight, "metrics": metrics, "said": said[n]}
+            line[system] = {"lambda": weight, "metrics": _finite(metrics), "said": said[n]}
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     directory.write(f"examples/{asked.name}.jsonl", text.encode())
+
+
+def _finite(value: Any) -> Any:
+    """JSON without numbers that it has not: a figure over examples of one class may be NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:
