@@ -70,6 +70,10 @@ class Models:
         """Whether a text is read through more than one window."""
         return len(self.encode(context, continuation)[0]) - 1 > self.context
 
+    def is_cut(self, prompt: str, max_tokens: int) -> bool:
+        """Whether only the end of a prompt is read before so many tokens are generated."""
+        return len(self._tokens(prompt)) > max(1, self.context - max_tokens)
+
     def score(self, decoder: str, pairs: Sequence[tuple[str, str]]) -> Scored:
         """Each continuation after its context, under the decoder and its partners."""
         mixture = self._mixture(decoder)

@@ -52,7 +52,7 @@ def benchmark(directory: Directory, begin: Callable[[], Manifest], job: "Job") -
     manifest, outcomes = begin(), []
     for asked, about in gathered:
         outcome = _outcome(asked, config, models, directory)
-        about["longer_than_the_context"] = _count_long(asked, models)
+        about["longer_than_the_context"] = _count_long(asked, models, config.max_tokens)
         about["systems"] = {
             system: {metric: outcome.figures(system, metric) for metric in outcome.metrics}
             for system in config.systems
@@ -141,12 +141,19 @@ def _majority(part: list[examples.Example]) -> float | None:
     return max(map(labels.count, set(labels))) / len(labels)
 
 
-def _count_long(asked: "Asked", models: Models) -> int:
+def _count_long(asked: "Asked", models: Models, max_tokens: int) -> int:
     """Examples of which some text is longer than the context: scored through windows, or cut to its end."""
+    from mlp_memory.evaluation.harness import adapter
+
     long = set()
     for kind, arguments, example in asked.requests:
-        pair = pair_of(kind, arguments) or (arguments[0], "")
-        if example not in long and models.is_long(*pair):
+        if example in long:
+            continue
+        if (pair := pair_of(kind, arguments)) is not None:
+            too_long = models.is_long(*pair)
+        else:
+            too_long = models.is_cut(arguments[0], adapter.generation(arguments[1], max_tokens).max_tokens)
+        if too_long:
             long.add(example)
     return len(long)
 
