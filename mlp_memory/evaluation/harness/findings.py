@@ -94,9 +94,10 @@ def _gain(found: Mapping[str, Any], share: bool = True) -> str:
 
 def _notes(results: Mapping[str, Any]) -> list[str]:
     tasks = results["tasks"].values()
+    sizes = sorted({task["validation"] for task in tasks})
+    chosen_on = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
     notes = [
-        "Shares and gains in percent; λ chosen on each task's validation part "
-        f"({min(t['validation'] for t in tasks):,} to {max(t['validation'] for t in tasks):,} examples).",
+        f"Shares and gains in percent; λ chosen on each task's validation part ({chosen_on} examples).",
         f"Read through windows of {results['context']:,} tokens.",
     ]
     for task in tasks:
