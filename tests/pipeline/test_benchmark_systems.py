@@ -8,7 +8,7 @@ from mlp_memory.job import Job
 from mlp_memory.language_model import language_model
 from mlp_memory.recipes import load_config
 
-PAIRS = [("ab cde", " fgh"), ("ab cde", " fgi abc"), ("", "pol"), ("mno " * 12, "abc")]
+PAIRS = [("ab cde", " fgh"), ("ab cde", " fgi abc"), ("", "pol"), (" ".join(["mno"] * 12), " abc")]
 PROMPTS = ["ab cde f", "gh"]
 
 
