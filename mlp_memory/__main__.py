@@ -229,6 +229,7 @@ def _run(args: argparse.Namespace, job: Job) -> None:
     if hosts.index == 0:
         print(status_table(job), file=sys.stderr)
         _show_results(job)
+        _show_benchmarks(job)
 
 
 def _start_afresh() -> None:
@@ -274,8 +275,10 @@ def _one_stage(job: Job, stage: pipeline.Stage) -> None:
             _work(job, stage, hosts)
         elif hosts.index == 0:
             print(f"{stage.name}: done before, in {job.workdir / stage.folder}", file=sys.stderr)
-    if stage.name == "evaluate" and hosts.index == 0:
+    if hosts.index == 0 and stage.name == "evaluate":
         _show_results(job)
+    if hosts.index == 0 and stage.name == "benchmark":
+        _show_benchmarks(job)
 
 
 def _work(job: Job, stage: pipeline.Stage, hosts: "Hosts") -> None:
@@ -286,6 +289,7 @@ def _work(job: Job, stage: pipeline.Stage, hosts: "Hosts") -> None:
     """
     import jax
 
+    from mlp_memory.evaluation.harness.ready import check
     from mlp_memory.workdir import exclusive, timed
 
     if stage.together:
@@ -295,9 +299,10 @@ def _work(job: Job, stage: pipeline.Stage, hosts: "Hosts") -> None:
     elif hosts.count > 1:
         mesh = job.config.mesh.of_one_process(jax.device_count())
         job = Job(job.workdir, dataclasses.replace(job.config, mesh=mesh))
-    # An impossible mesh, or a memory of another decoder, is told before any stage's work.
+    # An impossible mesh, a memory of another decoder or a benchmark without its data is told before any work.
     job.config.mesh.sizes(jax.device_count())
     job.check_memory()
+    check(job.config.benchmark)
     if hosts.index > 0:
         hosts.agree()  # process 0 has the workdir for this job
         stage.work(job, job.workdir / stage.folder)
@@ -326,6 +331,14 @@ def _report(job: Job) -> None:
     with exclusive(job.workdir):
         draw(job.workdir, read_results(job.workdir))
     print(f"report: {job.workdir}/reports/index.html")
+
+
+def _show_benchmarks(job: Job) -> None:
+    from mlp_memory.evaluation.harness.findings import benchmark_table
+
+    if job.config.benchmark.wanted and (data := job.workdir.read("benchmarks/results.json")) is not None:
+        print(benchmark_table(json.loads(data)))
+        print(f"\nevery example: {job.workdir}/benchmarks/examples")
 
 
 def _generate(args: argparse.Namespace, job: Job) -> None:

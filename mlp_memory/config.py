@@ -8,6 +8,7 @@ from mlp_memory.corpus.config import CorpusConfig
 from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.decoder.config import DecoderConfig, PretrainConfig
 from mlp_memory.evaluation.config import EvaluateConfig
+from mlp_memory.evaluation.harness.config import BenchmarkConfig
 from mlp_memory.index.config import IndexConfig
 from mlp_memory.inference.config import GenerateConfig
 from mlp_memory.interchange.config import PretrainedConfig
@@ -50,6 +51,7 @@ class Config:
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     baseline: BaselineConfig = dataclasses.field(default_factory=BaselineConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    benchmark: BenchmarkConfig = dataclasses.field(default_factory=BenchmarkConfig)
     generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig)

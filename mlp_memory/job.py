@@ -40,6 +40,7 @@ MADE_BY = {
     "joint_gate": "joint_gate",
     "baseline": "baseline",
     "reports": "evaluate",
+    "benchmarks": "benchmark",
     "export": "export",
 }
 """Folder under the workdir -> the stage that makes it."""

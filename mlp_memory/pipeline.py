@@ -14,6 +14,7 @@ from mlp_memory import artifacts
 from mlp_memory.artifacts import ArraySpec, Directory, Manifest, UserError, config_dict
 from mlp_memory.config import Config, config_json
 from mlp_memory.corpus.config import SPLITS
+from mlp_memory.evaluation.harness.names import SYSTEM
 from mlp_memory.job import TOKENIZER, Job
 
 if TYPE_CHECKING:
@@ -297,6 +298,12 @@ def _systems(job: Job) -> "Systems":
     )
 
 
+def _benchmark(job: Job, directory: Directory) -> None:
+    from mlp_memory.evaluation.harness.stage import benchmark
+
+    benchmark(directory, lambda: _begin("benchmark", "benchmarks", job, directory), job)
+
+
 def _export(job: Job, directory: Directory) -> None:
     from mlp_memory.interchange.export import export
 
@@ -379,6 +386,22 @@ def _evaluate_parents(config: Config) -> tuple[str, ...]:
     parents += ["gate"] if config.gate.enabled else []
     parents += ["joint_gate"] if _wants_joint_gate(config) else []
     parents += ["baseline"] if _wants_baseline(config) else []
+    return tuple(parents)
+
+
+def _benchmark_settings(job: Job) -> dict[str, Any]:
+    return {"benchmark": config_dict(job.config.benchmark), **_read_settings(job)}
+
+
+def _benchmark_parents(config: Config) -> tuple[str, ...]:
+    used = [SYSTEM[name] for name in config.benchmark.systems]
+    parents = ["decoder"]
+    parents += ["memory"] if any(system.partner == "memory" for system in used) else []
+    parents += ["joint"] if any(system.decoder == "joint" for system in used) else []
+    for decoder, gate in (("base", "gate"), ("joint", "joint_gate")):
+        parents += [gate] if any(system.gated and system.decoder == decoder for system in used) else []
+    searched = any(system.partner in ("knn_lm_exact", "knn_lm_scann") for system in used)
+    parents += ["datastore", "index", "targets"] if searched else []
     return tuple(parents)
 
 
@@ -526,6 +549,15 @@ STAGES: tuple[Stage, ...] = (
         _evaluate_settings,
         _evaluate_parents,
         _evaluate,
+    ),
+    Stage(
+        "benchmark",
+        "benchmarks",
+        "tasks through lm-eval, λ tuned for each",
+        _benchmark_settings,
+        _benchmark_parents,
+        _benchmark,
+        wanted=lambda config: config.benchmark.wanted,
     ),
     Stage(
         "export",

@@ -6,7 +6,7 @@ A system that is absent from the results has no row.
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlp_memory.artifacts import UserError
@@ -92,26 +92,27 @@ def results_table(results: Mapping[str, Any], split: str = "test") -> str:
       UserError: see `table_rows`.
     """
     lines = [headings(split), *(row.cells for row in table_rows(results, split))]
+    return "\n".join([*boxed(lines), *table_notes(results, split), ""])
+
+
+def boxed(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Cells as lines of a box: the first are the heads; the first column stands left, the others right."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
 
-    def line(cells: tuple[str, ...]) -> str:
+    def line(cells: Sequence[str]) -> str:
         padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:]))]
         return f"│ {' │ '.join(padded)} │"
 
     def rule(left: str, middle: str, right: str) -> str:
         return left + middle.join("─" * (width + 2) for width in widths) + right
 
-    return "\n".join(
-        [
-            rule("┌", "┬", "┐"),
-            line(lines[0]),
-            rule("├", "┼", "┤"),
-            *map(line, lines[1:]),
-            rule("└", "┴", "┘"),
-            *table_notes(results, split),
-            "",
-        ]
-    )
+    return [
+        rule("┌", "┬", "┐"),
+        line(lines[0]),
+        rule("├", "┼", "┤"),
+        *map(line, lines[1:]),
+        rule("└", "┴", "┘"),
+    ]
 
 
 def markdown_table(results: Mapping[str, Any], split: str = "test") -> str:

@@ -23,7 +23,7 @@ class KnnSteps(Steps):
       mixture: the decoder, without a memory; its tap is the query.
       filters: of the draws.
       neighbors: queries [B, D] float32 -> p_kNN.
-      weight: λ.
+      weight: λ; may be set anew between texts.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class KnnSteps(Steps):
         weight: float,
     ):
         super().__init__(mixture, filters)
-        self._neighbors, self._weight = neighbors, weight
+        self._neighbors, self.weight = neighbors, weight
         self._read_prompts = jax.jit(self.read_prompts, static_argnames="capacity")
         self._read_token = jax.jit(self.read_token, donate_argnums=1)
         self._draw = jax.jit(self._drawn, donate_argnums=0)
@@ -55,7 +55,7 @@ class KnnSteps(Steps):
         cache: Cache = state.cache
         state = state._replace(cache=None)
         drawn_state = self._draw(
-            state, said.base_NxV, found.token_ids_QxM, found.probs_QxM, jnp.float32(self._weight), numbers
+            state, said.base_NxV, found.token_ids_QxM, found.probs_QxM, jnp.float32(self.weight), numbers
         )
         return drawn_state._replace(cache=cache)
 

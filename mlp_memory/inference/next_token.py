@@ -82,14 +82,25 @@ class Mixture:
 
         What the padding leaves in the cache lies beyond each row's length.
         """
+        hidden, tapped, cache = self.begin(parameters, tokens_BxT, capacity)
+        last = (jnp.arange(tokens_BxT.shape[0]), lengths_B - 1)
+        return hidden[last], tapped[last], cache
+
+    def begin(
+        self, parameters: dict[str, Any], tokens_BxT: jax.Array, capacity: int
+    ) -> tuple[jax.Array, jax.Array, Cache]:
+        """Final states and taps of all positions, [B, T, D], and the cache with room for `capacity`, or T."""
         batch, length = tokens_BxT.shape
         decoder = nnx.merge(self._decoder_def, parameters["decoder"])
         cache = decoder.empty_cache(batch, length, self.dtype)
         positions_BxT = jnp.broadcast_to(jnp.arange(length), (batch, length))
         hidden, tapped, cache = decoder.extend(tokens_BxT, positions_BxT, cache, self.tap, self.dtype)
-        last = (jnp.arange(batch), lengths_B - 1)
         room = max(capacity, length)
-        return hidden[last], tapped[last], [layer.grown(room) for layer in cache]
+        return hidden, tapped, [layer.grown(room) for layer in cache]
+
+    def interpolate(self, weight: float | Gate) -> None:
+        """Takes another λ from now on; compiled programs stay, as λ is one of their inputs."""
+        self.parameters = {**self.parameters, "weight": jax.tree.map(jnp.float32, weight)}
 
     def extend(
         self, parameters: dict[str, Any], tokens_BxT: jax.Array, positions_BxT: jax.Array, cache: Cache

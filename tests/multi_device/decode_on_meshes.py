@@ -1,6 +1,7 @@
-"""A program: continues prompts with models spread over meshes of this process's eight devices.
+"""A program: continues and scores texts with models spread over meshes of this process's eight devices.
 
-python decode_on_meshes.py SEED: a JSON line for each mesh with the texts, greedy and drawn.
+python decode_on_meshes.py SEED: a JSON line for each mesh with the texts, greedy and drawn, and with the
+log-likelihoods of what goes on from a prompt, at two λ.
 """
 
 import json
@@ -13,6 +14,7 @@ from flax import nnx
 from mlp_memory.decoder.config import DecoderConfig, Tap
 from mlp_memory.decoder.transformer import Decoder
 from mlp_memory.inference.config import GenerateConfig
+from mlp_memory.inference.continuations import ContinuationScorer
 from mlp_memory.inference.generate import Steps, generate
 from mlp_memory.inference.next_token import Mixture
 from mlp_memory.inference.sampling import Filters
@@ -41,7 +43,7 @@ def spread(model: nnx.Module, config: MeshConfig | None) -> nnx.Module:
 
 
 def main() -> None:
-    """Prints the texts."""
+    """Prints the texts and scores."""
     seed = int(sys.argv[1])
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, 40, n).tolist() for n in (5, 1, 8)]
@@ -55,7 +57,12 @@ def main() -> None:
                 for row, token in step:
                     found[row].append(token)
             texts.append(found)
-        print(json.dumps({"mesh": str(config), "texts": texts}))
+        requests = [
+            ([*prompt, *tail], len(prompt)) for prompt in prompts for tail in ([3], [4, 5], [4, 6, 7])
+        ]
+        scored = ContinuationScorer(mixture, 32, batch_tokens=64)(requests)
+        scores = [scored.at("memory", weight)[0].tolist() for weight in (0.0, 0.6)]
+        print(json.dumps({"mesh": str(config), "texts": texts, "scores": scores}))
 
 
 if __name__ == "__main__":
