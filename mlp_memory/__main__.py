@@ -10,7 +10,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
-from mlp_memory import pipeline
+from mlp_memory import artifacts, pipeline
 from mlp_memory.artifacts import Directory, UserError, first_line
 from mlp_memory.flags import parser
 from mlp_memory.job import Job, is_there
@@ -180,9 +180,12 @@ def _report(job: Job) -> None:
     from mlp_memory.evaluation.page import draw, read_results
     from mlp_memory.workdir import exclusive
 
-    job.manifest("reports")  # results of models that are there no more are refused
+    results, made = None, artifacts.peek(job.workdir / "reports")
+    if made is not None and made.finished:
+        job.manifest("reports")  # results of models that are there no more are refused
+        results = read_results(job.workdir)
     with exclusive(job.workdir):
-        draw(job.workdir, read_results(job.workdir))
+        draw(job.workdir, results)
     print(f"report: {job.workdir}/reports/index.html")
 
 

@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         **{stage.name: stage.help for stage in pipeline.STAGES},
         "generate": "continue a prompt, with and without memory",
         "export_serving": "a model as StableHLO programs that run without this package",
-        "report": "the report page again, with what benchmarks and studies have found since",
+        "report": "the report page again, with what benchmarks and studies have found",
         "status": "each stage's state, size and time",
     }
     for name, text in commands.items():

@@ -23,19 +23,26 @@ _CURVES = {
 _HELD = ("yes", "no", "unclear")
 
 
-def draw(workdir: Directory, results: dict[str, Any]) -> None:
+def draw(workdir: Directory, results: dict[str, Any] | None) -> None:
     """Writes reports/index.html from these results, the trainings' curves and all findings.
 
+    Args:
+      workdir: whose.
+      results: of its evaluation; None where there is none: benchmarks and studies are then all that is drawn.
+
     Raises:
-      UserError: as `report.write_report` and `read_findings`.
+      UserError: as `report.write_report` and `read_findings`, or there is nothing to draw.
     """
-    scored = results.get("test", {}).get("perplexity", {})
+    findings = read_findings(workdir)
+    if results is None and not findings:
+        raise UserError(f"{workdir} holds no results: run `python -m mlp_memory evaluate` first, or a study")
+    scored = {} if results is None else results.get("test", {}).get("perplexity", {})
     curves = {
         stage: read_metrics(workdir / folder)
         for stage, (folder, system) in _CURVES.items()
         if system in scored
     }
-    write_report(workdir / "reports", results, curves, findings=read_findings(workdir))
+    write_report(workdir / "reports", results, curves, findings=findings)
 
 
 def read_results(workdir: Directory) -> dict[str, Any]:

@@ -46,11 +46,12 @@ _MODELS = {
 }
 # Below this relative change, one decimal of a per cent shows nothing.
 _NO_CHANGE = 0.0005
+_EXPERIMENTS = "What the experiments found."
 
 
 def write_report(
     directory: Directory,
-    results: Mapping[str, Any],
+    results: Mapping[str, Any] | None,
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     split: str = "test",
     findings: Sequence[Findings] = (),
@@ -59,7 +60,8 @@ def write_report(
 
     Args:
       directory: WORKDIR/reports.
-      results: what `results.json` holds; any system or section may be absent.
+      results: what `results.json` holds; any system or section may be absent. None where nothing was
+        evaluated: the page then holds the findings.
       curves: lines of metrics.jsonl by stage (`pretrain`, `distill`, `joint`, `baseline`).
       split: the split of the headline and the table.
       findings: of benchmarks and studies, in the order of the page.
@@ -72,40 +74,51 @@ def write_report(
 
 
 def report_html(
-    results: Mapping[str, Any],
+    results: Mapping[str, Any] | None,
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     split: str = "test",
     findings: Sequence[Findings] = (),
 ) -> str:
     """The page as text; see `write_report`."""
-    verdict, sentences = headline(results, split)
-    systems = split_figures(results, split)["perplexity"]
-    claims = [*measured_claims(results, split), *(claim for each in findings for claim in each.claims)]
+    verdict, sentences = _EXPERIMENTS, []
+    claims = [claim for each in findings for claim in each.claims]
+    if results is not None:
+        verdict, sentences = headline(results, split)
+        claims = [*measured_claims(results, split), *claims]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(Path(__file__).with_name("report.html").read_text("utf-8"))
-    lambda_curves = (results.get("lambda_curves") or {}).get("validation") or {}
     return template.render(
         verdict=verdict,
         sentences=sentences,
         claims=claim_rows(claims),
         claim_summary=claim_summary(claims),
         sections=experiment_sections(findings),
+        evaluated=None if results is None else _evaluated(results, split),
+        stages=_stages(curves),
+        colours=plots.COLOUR_VARIABLES,
+    )
+
+
+def _evaluated(results: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """What the page says of the pipeline's own evaluation."""
+    systems = split_figures(results, split)["perplexity"]
+    with_neighbors = any(system.startswith("knn") for system in systems)
+    lambda_curves = (results.get("lambda_curves") or {}).get("validation") or {}
+    return dict(
         split=split,
         headings=headings(split),
         rows=table_rows(results, split),
-        with_neighbors=(with_neighbors := any(system.startswith("knn") for system in systems)),
+        with_neighbors=with_neighbors,
         others=_other_splits(results, with_neighbors),
         notes=table_notes(results, split),
         perplexity_svg=_svg(plots.perplexity_plot(results, split)),
         lambda_svg=_svg(plots.lambda_plot(lambda_curves)),
         certificate=[(inert(name), inert(text)) for name, text in _certificate(results)],
-        stages=_stages(curves),
         differing=_differing(results),
         samples=[sample_card(sample) for sample in results.get("samples") or []],
         costs=_costs(results),
         corpus=_facts(results.get("corpus") or {}),
         config=canonical_json(results["config"]) if results.get("config") else "",
-        colours=plots.COLOUR_VARIABLES,
     )
 
 

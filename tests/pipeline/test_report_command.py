@@ -55,7 +55,22 @@ def test_damaged_findings_stop_the_report_and_an_evaluation_before_its_work(work
     assert {path.name for path in set(workdir.rglob("*")) - set(before)} <= {"manifest.json"}
     answer = mlp_memory("report", f"--workdir={workdir}")
     assert answer.code == 2
-    assert "run `python -m mlp_memory evaluate` first" in answer.error
+    assert answer.error.splitlines()[-1].startswith(f"error: {workdir}/benchmarks/findings.json is damaged")
+    (workdir / "benchmarks/findings.json").unlink()
+    answer = mlp_memory("report", f"--workdir={workdir}")
+    assert answer.code == 2
+    assert "run `python -m mlp_memory evaluate` first, or a study" in answer.error
+
+
+def test_studies_alone_have_a_report(tmp_path, mlp_memory):
+    (tmp_path / "studies/one").mkdir(parents=True)
+    (tmp_path / "studies/one/findings.json").write_text(json.dumps(FINDINGS.to_json()))
+    answer = mlp_memory("report", f"--workdir={tmp_path}")
+    assert answer.code == 0, answer.error
+    page = (tmp_path / "reports/index.html").read_text()
+    for text in ("A claim of a study.", "<h2>A study</h2>", "What it found."):
+        assert text in page
+    assert "Perplexity on the" not in page
 
 
 def test_differing_samples_are_the_extremes_of_the_scored_rows(results, small_run):
