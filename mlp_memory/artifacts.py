@@ -83,6 +83,12 @@ class Directory:
         keys = (key.decode() for key in self.kvstore.list().result())
         return sorted(key for key in keys if not key.endswith(".__lock"))
 
+    def folders(self) -> list[str]:
+        """The folders directly below this one, sorted; a local disk is not searched any deeper."""
+        if self.is_local:
+            return sorted(p.name for p in self.path.iterdir() if p.is_dir()) if self.path.is_dir() else []
+        return sorted({name.split("/")[0] for name in self.names() if "/" in name})
+
     def delete(self) -> None:
         """Removes the folder and all below it."""
         if self.is_local:

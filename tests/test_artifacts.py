@@ -368,3 +368,12 @@ def test_a_later_setting_is_in_the_manifest_only_where_it_is_not_the_default():
 
     assert artifacts.config_dict(Settings()) == {"steps": 3}
     assert artifacts.config_dict(Settings(kind="new")) == {"steps": 3, "kind": "new"}
+
+
+def test_folders_are_those_directly_below(tmp_path):
+    directory = Directory(tmp_path / "all")
+    assert directory.folders() == []
+    for name in ("file", "b/one", "a/deep/two"):
+        directory.write(name, b"x")
+    assert directory.folders() == ["a", "b"]
+    assert (directory / "a").folders() == ["deep"]

@@ -68,9 +68,8 @@ def read_findings(workdir: Directory) -> tuple[Findings, ...]:
     Raises:
       UserError: a file is no `Findings`; it is named.
     """
-    studies = [name for name in (workdir / "studies").names() if name.count("/") == 1]
     names = ["benchmarks/findings.json"]
-    names += [f"studies/{name}" for name in studies if name.endswith("/findings.json")]
+    names += [f"studies/{study}/findings.json" for study in (workdir / "studies").folders()]
     read = ((name, workdir.read(name)) for name in names)
     return tuple(_parsed(data, f"{workdir}/{name}") for name, data in read if data is not None)
 
