@@ -1,7 +1,6 @@
 """Gin files and bindings to a `Config`: the only importer of gin."""
 
 import dataclasses
-import difflib
 import logging
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ import gin
 from mlp_memory.artifacts import Directory, UserError, first_line
 from mlp_memory.config import Config
 from mlp_memory.corpus.config import PartConfig
+from mlp_memory.settings import nearest
 
 SAVED = "config.gin"
 """The workdir's file of the resolved config."""
@@ -74,8 +74,7 @@ def _explain(error: BaseException) -> str:
         known = [f.name for f in dataclasses.fields(fields[section])] if section in fields else []
     else:
         return f"gin: {text}"
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"gin: {text} ({f'did you mean {near[0]!r}?' if near else 'there are: ' + ', '.join(known)})"
+    return f"gin: {text} ({nearest(name, known)})"
 
 
 def resolved_gin() -> str:

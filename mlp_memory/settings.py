@@ -1,6 +1,7 @@
 """Checks of what a user may set: each raises one line that names the setting and its value."""
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mlp_memory.artifacts import UserError
@@ -44,3 +45,10 @@ def check_choice(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
         value = getattr(config, field)
         if value not in words:
             raise UserError(f"{_name(config, field)} = {value!r}: use one of {', '.join(words)}")
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """What to tell of an unknown name: the known one most like it, or else `otherwise`, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise or "there are: " + ", ".join(known)

@@ -4,9 +4,7 @@ Nothing is fetched: the hub is switched off unless the environment says otherwis
 goes to a folder that ends with the process.
 """
 
-import difflib
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -14,11 +12,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from mlp_memory.artifacts import UserError, first_line
+from mlp_memory.artifacts import UserError, digest, first_line
 from mlp_memory.evaluation.harness.examples import Example, Parts, Task
 from mlp_memory.evaluation.harness.metrics import answer_metrics, choice_metrics
 from mlp_memory.evaluation.harness.prompts import BETWEEN_DEMONSTRATIONS
 from mlp_memory.evaluation.harness.ready import require_lm_eval
+from mlp_memory.settings import nearest
 
 require_lm_eval()
 _CACHE = tempfile.TemporaryDirectory(prefix="mlp_memory_datasets_")
@@ -346,8 +345,7 @@ def library_tasks(
         manager = _manager(include, defaults=True)
     for name in names:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "lm-eval ls tasks lists them"
+            hint = nearest(name, manager.all_tasks, "lm-eval ls tasks lists them")
             raise UserError(f"benchmark.lm_eval_tasks: lm-eval has no task {name!r} ({hint})")
     found = []
     for name in names:
@@ -388,4 +386,4 @@ def _asked(task: Any, fraction: float, limits: Mapping[str, int]) -> Asked:
 
 def _hash(doc: Any) -> str:
     """16 hex digits of an example, equal ones alike."""
-    return hashlib.sha256(json.dumps(doc, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return digest(json.dumps(doc, sort_keys=True, default=str).encode())

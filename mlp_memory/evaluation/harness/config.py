@@ -1,11 +1,10 @@
 """What is benchmarked, and how λ is chosen."""
 
 import dataclasses
-import difflib
 
 from mlp_memory.artifacts import UserError, runtime
 from mlp_memory.evaluation.harness.names import SYSTEMS, TASKS
-from mlp_memory.settings import check_choice, check_number, check_whole
+from mlp_memory.settings import check_choice, check_number, check_whole, nearest
 
 SCORINGS = ("task", "likelihood", "likelihood_per_byte", "likelihood_per_token", "pmi")
 """How the likeliest choice is found; "task" leaves it to each task's own definition."""
@@ -97,9 +96,7 @@ def _names(field: str, given: object) -> tuple[str, ...]:
 def _check_known(field: str, what: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "there are: " + ", ".join(known)
-            raise UserError(f"benchmark.{field}: no {what} {name!r} ({hint})")
+            raise UserError(f"benchmark.{field}: no {what} {name!r} ({nearest(name, known)})")
 
 
 def _lambdas(field: str, given: object) -> tuple[float, ...]:

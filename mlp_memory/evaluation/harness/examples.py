@@ -2,13 +2,13 @@
 
 import collections
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlp_memory.artifacts import UserError
-from mlp_memory.evaluation.harness.rows import Row, find, read, sha256
+from mlp_memory.artifacts import UserError, digest
+from mlp_memory.corpus.documents import file_sha256
+from mlp_memory.evaluation.harness.rows import Row, find, read
 
 _NAMED = 5
 
@@ -43,7 +43,7 @@ class Example:
     @property
     def key(self) -> str:
         """16 hex digits of what is asked, whatever file it comes from."""
-        return hashlib.sha256("\0".join((self.context, *self.choices)).encode()).hexdigest()[:16]
+        return digest("\0".join((self.context, *self.choices)).encode())
 
 
 class Unusable(Exception):
@@ -148,12 +148,12 @@ def load(task: Task, folder: Path, fraction: float, limits: Mapping[str, int], s
       UserError: a file is missing or damaged, or a part is empty.
     """
     test, found = _examples(task, folder, task.test)
-    counts, files = {found.name: test[1]}, {found.name: sha256(found)}
+    counts, files = {found.name: test[1]}, {found.name: file_sha256(found)}
     examples = test[0]
     own = find(folder, task.validation) if task.validation else None
     if own is not None:
         (validation, counts[own.name]), _ = _examples(task, folder, task.validation)
-        files[own.name] = sha256(own)
+        files[own.name] = file_sha256(own)
         asked = {example.key for example in examples}
         kept = [example for example in validation if example.key not in asked]
         if len(kept) < len(validation):

@@ -6,7 +6,6 @@ A file that cannot be read is refused with its line; a row that no task can use 
 import bz2
 import csv
 import gzip
-import hashlib
 import io
 import json
 import lzma
@@ -36,11 +35,6 @@ def find(folder: Path, names: Sequence[str]) -> Path | None:
             if (path := folder / f"{name}{suffix}").is_file():
                 return path
     return None
-
-
-def sha256(path: Path) -> str:
-    """16 hex digits of the file as it lies on disk."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def read(path: Path, columns: Sequence[str] = ()) -> list[Row]:
