@@ -17,6 +17,7 @@ from mlp_memory.artifacts import (
     UserError,
     as_dtype,
     canonical_json,
+    chunk_key,
     digest,
     finish,
     first_line,
@@ -59,6 +60,11 @@ def written_chunks(directory: Directory) -> set[int]:
 
 def _mark(chunk: int) -> str:
     return f"chunks/{chunk:08d}.json"
+
+
+def _layout(spec: ArraySpec) -> tuple[Any, ...]:
+    """What two arrays must have alike for their chunks to be the same files."""
+    return spec.dtype, spec.chunk_shape, spec.block_rows
 
 
 class ChunkWriter:
@@ -110,6 +116,31 @@ class ChunkWriter:
                 future.result()
         except ValueError as error:
             raise UserError(f"cannot write {self.directory}: {first_line(error)}") from error
+        self._mark_written(chunk, marks)
+
+    def adopt(self, source: Directory, found: Manifest, rows: int) -> list[int]:
+        """Takes over the whole chunks of another artifact's first `rows` rows that are still missing here.
+
+        Args:
+          source: its folder.
+          found: its manifest, finished, with arrays of the same names.
+          rows: rows that both have alike.
+
+        Returns:
+          The chunks taken; none where the arrays lie on disk otherwise.
+        """
+        here, there = self.manifest.arrays, found.arrays
+        if any(_layout(here[name]) != _layout(there[name]) for name in here):
+            return []
+        taken = [chunk for chunk in self.missing() if self.rows(chunk)[0] + self.chunk_rows <= rows]
+        for chunk in taken:
+            for name, spec in here.items():
+                (self.directory / name).take(chunk_key(spec, chunk), source / name)
+            marks = {name: found.checksums[name][chunk] for name in here}
+            self._mark_written(chunk, marks)
+        return taken
+
+    def _mark_written(self, chunk: int, marks: dict[str, str]) -> None:
         self.directory.write(_mark(chunk), canonical_json(marks).encode())
         self._marks[chunk] = marks
 

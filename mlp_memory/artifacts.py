@@ -76,6 +76,28 @@ class Directory:
         except ValueError as error:  # tensorstore's word for a full disk or a refused write
             raise UserError(f"cannot write {self.location}/{name}: {first_line(error)}") from error
 
+    def take(self, name: str, source: "Directory") -> None:
+        """Has the file `name` of another folder here as well: one file under two names on a local
+        disk, which every writer replaces and none changes; a copy elsewhere.
+
+        Raises:
+          UserError: it is not there, or this folder cannot be written.
+        """
+        if self.is_local and source.is_local:
+            target = self.path / name
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.unlink(missing_ok=True)
+                os.link(source.path / name, target)
+                return
+            except FileNotFoundError as error:
+                raise UserError(f"{source}/{name} is gone") from error
+            except OSError:  # another disk, or one that has no such links: a copy
+                pass
+        if (data := source.read(name)) is None:
+            raise UserError(f"{source}/{name} is gone")
+        self.write(name, data)
+
     def names(self) -> list[str]:
         """Every key below this folder, sorted; writers' lock files left out."""
         if self.is_local and not self.path.is_dir():
@@ -360,7 +382,7 @@ def require(directory: Directory, stage: str) -> Manifest:
     if directory.is_local:
         for name, spec in manifest.arrays.items():
             for chunk in range(chunk_count(spec)):
-                file = directory.path / name / _chunk_key(spec, chunk)
+                file = directory.path / name / chunk_key(spec, chunk)
                 size = file.stat().st_size if file.is_file() else None
                 if size != (wanted := spec.chunk_bytes(chunk)):
                     what = "is missing" if size is None else f"has {size} bytes, not {wanted}"
@@ -373,5 +395,6 @@ def chunk_count(spec: ArraySpec) -> int:
     return -(-spec.shape[0] // spec.chunk_shape[0])
 
 
-def _chunk_key(spec: ArraySpec, chunk: int) -> str:
+def chunk_key(spec: ArraySpec, chunk: int) -> str:
+    """The file of a chunk, below the array's folder."""
     return "c/" + "/".join([str(chunk)] + ["0"] * (len(spec.shape) - 1))

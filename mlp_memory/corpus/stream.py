@@ -10,6 +10,7 @@ from mlp_memory.artifacts import Directory, Manifest, UserError
 
 KIND = "corpus"
 BOUNDS_NAME = "bounds.i64"
+DELETED_NAME = "deleted.i64"
 # Streams up to this many rows are read through when they are opened.
 _CHECKED_ROWS = 1 << 22
 
@@ -39,20 +40,31 @@ class TokenStream:
     """Tokens of one split and where its documents begin (the row rule of the design).
 
     Row i's next token is row i + 1 if that is in the same document; the last row of a
-    document has none.
+    document has none. A deleted document keeps its rows, so that every other row keeps its number;
+    they hold token 0, and none of them has a next token.
 
     Attributes:
       manifest: of the split; `manifest.fingerprint` names it as a parent.
       tokens: reader of uint16 or uint32 [N]; `tokens[a:b]` is a NumPy array.
       bounds_D1: int64 [D + 1]; document d has rows bounds_D1[d] to bounds_D1[d + 1] - 1.
+      deleted_D: bool [D], documents that have been deleted.
       vocab_size: every token is below it.
       words: of the text; `word_count` says how they were counted, "whitespace" or "wikitext"
         (see `split.count_words`).
       num_bytes: of the text in UTF-8.
     """
 
-    def __init__(self, manifest: Manifest, tokens: ArrayReader, bounds_D1: np.ndarray):
+    def __init__(
+        self,
+        manifest: Manifest,
+        tokens: ArrayReader,
+        bounds_D1: np.ndarray,
+        deleted: np.ndarray | None = None,
+    ):
         self.manifest, self.tokens, self.bounds_D1 = manifest, tokens, bounds_D1
+        self.deleted_D = np.zeros(len(bounds_D1) - 1, np.bool_)
+        self.deleted_D[[] if deleted is None else deleted] = True
+        self._any_deleted = bool(self.deleted_D.any())
         self.vocab_size: int = manifest.facts["vocab_size"]
         self.words: int = manifest.facts["words"]
         self.word_count: str = manifest.facts.get("word_count", "whitespace")
@@ -77,7 +89,8 @@ class TokenStream:
         rows = manifest.arrays["tokens"].shape[0]
         if bounds_D1[0] != 0 or bounds_D1[-1] != rows or (np.diff(bounds_D1) < 1).any():
             raise UserError(f"{directory}/{BOUNDS_NAME} does not fit {rows} tokens: {again}")
-        stream = cls(manifest, TokenReader(directory, manifest.facts["vocab_size"]), bounds_D1)
+        tokens = TokenReader(directory, manifest.facts["vocab_size"])
+        stream = cls(manifest, tokens, bounds_D1, _read_deleted(directory, manifest, len(bounds_D1) - 1))
         # Reading runs the checks; a long stream gets them chunk by chunk as it is read.
         stream.tokens[0 : rows if rows <= _CHECKED_ROWS else 1]
         return stream
@@ -88,8 +101,8 @@ class TokenStream:
 
     @property
     def num_scored(self) -> int:
-        """Rows that have a next token: all but one a document."""
-        return len(self) - (len(self.bounds_D1) - 1)
+        """Rows that have a next token: all but one a document, deleted ones left out."""
+        return int((np.diff(self.bounds_D1) - 1)[~self.deleted_D].sum())
 
     def has_next(self, start: int, stop: int) -> np.ndarray:
         """bool [stop - start]: whether row i has a next token in its document.
@@ -102,7 +115,18 @@ class TokenStream:
         last_D = self.bounds_D1[1:] - 1
         first, end = np.searchsorted(last_D, [start, stop])
         has_next_T[last_D[first:end] - start] = False
-        return has_next_T
+        return has_next_T & ~self.is_deleted(start, stop)
+
+    def is_deleted(self, start: int, stop: int) -> np.ndarray:
+        """bool [stop - start]: whether row i is of a deleted document.
+
+        Raises:
+          IndexError: the rows are not within the stream.
+        """
+        if not self._any_deleted:
+            self._check(start, stop)
+            return np.zeros(stop - start, np.bool_)
+        return self.deleted_D[self.document_ids(start, stop)]
 
     def document_ids(self, start: int, stop: int) -> np.ndarray:
         """int32 [stop - start]: the index, from 0, of each row's document.
@@ -130,3 +154,21 @@ class TokenStream:
     def _check(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"rows {start}:{stop} of a stream of {len(self)} rows")
+
+
+def _read_deleted(directory: Directory, manifest: Manifest, documents: int) -> np.ndarray:
+    """Numbers of the deleted documents, int64, ascending.
+
+    Raises:
+      UserError: the file that names them is gone or damaged.
+    """
+    wanted = manifest.facts.get("deleted_sha256")
+    if wanted is None:
+        return np.zeros(0, np.int64)
+    data = directory.read(DELETED_NAME)
+    found = np.frombuffer(data, "<i8") if data is not None and len(data) % 8 == 0 else np.zeros(0)
+    sound = data is not None and hashlib.sha256(data).hexdigest() == wanted
+    if not sound or not len(found) or found.min() < 0 or found.max() >= documents:
+        state = "is missing" if data is None else "is damaged"
+        raise UserError(f"{directory}/{DELETED_NAME} {state}: delete {directory} and run `update` again")
+    return found.astype(np.int64)

@@ -87,12 +87,14 @@ class RecomputedRows:
 
 
 def finite_states(reader: RowReader, stream: TokenStream, start: int, stop: int, where: str) -> np.ndarray:
-    """Hidden states of rows start..stop, [stop − start, D] float32.
+    """Hidden states of rows start..stop, [stop − start, D] float32; zero on rows of deleted documents.
 
     Raises:
       UserError: one is not finite; it is named.
     """
     states_NxD = reader.taps(stream, start, stop)
+    if (deleted_N := stream.is_deleted(start, stop)).any():
+        states_NxD = np.where(deleted_N[:, None], np.float32(0), states_NxD)
     bad_N = ~np.isfinite(states_NxD).all(axis=1)
     if bad_N.any():
         raise UserError(f"{where}: row {start + int(bad_N.argmax())} is not finite")

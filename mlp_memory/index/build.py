@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ def build_shard(
     datastore: str,
     structure: Structure,
     trained: Trained,
+    extent: tuple[int, int] | None = None,
 ) -> None:
     """Builds and publishes one shard unless it is there already.
 
@@ -51,12 +53,13 @@ def build_shard(
       datastore: fingerprint of the datastore.
       structure: of the tree.
       trained: centres and codes.
+      extent: the shard's first row and one past its last, where shards are not of equal length.
 
     Raises:
       UserError: the shard's folder holds one made from other keys, or a key is not finite.
     """
     rows = len(stream)
-    start, stop = shard_rows(rows, shards, shard)
+    start, stop = extent or shard_rows(rows, shards, shard)
     target = directory / shard_name(shard)
     trained_digest = digest(b"".join(trained.files[name] for name in sorted(trained.files)))
     made_with = {"shards": shards, **dataclasses.asdict(structure), "trained": trained_digest}
@@ -86,6 +89,54 @@ def build_shard(
             "keys": positions,
             "leaves": structure.leaves,
             "method": "tree and hashing" if structure.leaves else "brute force",
+            "bytes": {name: (staging / name).stat().st_size for name in files},
+        }
+        _publish(staged, target, finish(staged, manifest, **facts))
+
+
+def take_shard(directory: Directory, shard: int, source: Directory, stream: Stream, datastore: str) -> None:
+    """Publishes another index's shard here, less the keys of rows that have no next token any more.
+
+    Centres and codes stay. A shard that loses nothing is the same files; of another, what is
+    left is copied block by block.
+
+    Args:
+      directory: WORKDIR/index.
+      shard: number of the shard, the same in both.
+      source: the other index, finished.
+      stream: as long as the other's or longer.
+      datastore: fingerprint of the datastore here.
+
+    Raises:
+      UserError: a file is gone or damaged.
+    """
+    target, source, parents = (
+        directory / shard_name(shard),
+        source / shard_name(shard),
+        {"datastore": datastore},
+    )
+    here, there = peek(target), peek(source)
+    if there is None or not there.finished:
+        raise UserError(f"{source} is missing: run `python -m mlp_memory index` there first")
+    if here is not None and here.finished and here.config == there.config and here.parents == parents:
+        return
+    start, stop = there.facts["rows"]
+    gaps = np.load(io.BytesIO(source.read(GAPS) or b""), allow_pickle=False)
+    had_key_S, has_key_S = np.ones(stop - start, bool), stream.has_next(start, stop)
+    had_key_S[gaps - start] = False
+    with _staging(directory, shard) as staging:
+        staged = Directory(staging)
+        for name in there.facts["bytes"]:
+            staged.take(name, source)
+        if (had_key_S != has_key_S).any():
+            (staging / GAPS).unlink()  # another name for the source's file
+            np.save(staging / GAPS, start + np.flatnonzero(~has_key_S).astype(np.int64))
+            scann_shard.keep_positions(staging, has_key_S[had_key_S])
+        files = staged.names()
+        manifest = begin(staged, "index_shard", there.config, parents)
+        manifest.checksums = {name: [_file_digest(staging / name)] for name in files}
+        facts = there.facts | {
+            "keys": int(has_key_S.sum()),
             "bytes": {name: (staging / name).stat().st_size for name in files},
         }
         _publish(staged, target, finish(staged, manifest, **facts))

@@ -11,7 +11,9 @@ brute force. ScaNN reads its files from the shard's folder `scann`: its configur
 import contextlib
 import dataclasses
 import importlib
+import math
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -32,6 +34,7 @@ FOLDER = "scann"
 _BATCH_QUERIES = 256
 _LEAST_QUERIES = 32
 _TRAINING_ITERATIONS = 12
+_COPIED_BYTES = 1 << 26
 _CONFIG, _MULTIPLIERS = "scann_config.pb", "int8_multipliers.npy"
 _TREE, _BOOK, _LEAVES, _CODES = (
     "serialized_partitioner.pb",
@@ -249,6 +252,36 @@ def write_shard(
                 leaves_R, codes_RxB = trained.codebook.encode(lifted_RxE)
                 files[_LEAVES].write(leaves_R.data)
                 files[_CODES].write(codes_RxB.data)
+
+
+def keep_positions(folder: Path, keep_P: np.ndarray) -> None:
+    """Removes positions from the files of a shard; files that are left empty go.
+
+    Args:
+      folder: of the shard. A file that changes is replaced, not written into.
+      keep_P: bool, by position.
+    """
+    if not keep_P.any():
+        shutil.rmtree(folder / FOLDER)
+        (folder / SPACE).unlink()
+        return
+    kept_K = np.flatnonzero(keep_P)
+    for name in (*(name for name, _ in _DATASETS.values()), _LEAVES, _CODES):
+        path = folder / FOLDER / name
+        if not path.is_file():
+            continue
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        step = max(_COPIED_BYTES // (found.itemsize * math.prod(found.shape[1:])), 1)
+        with path.with_suffix(".new").open("wb") as file:
+            header = {
+                "descr": found.dtype.str,
+                "fortran_order": False,
+                "shape": (len(kept_K), *found.shape[1:]),
+            }
+            np.lib.format.write_array_header_1_0(file, header)
+            for first in range(0, len(kept_K), step):
+                file.write(np.ascontiguousarray(found[kept_K[first : first + step]]).data)
+        path.with_suffix(".new").replace(path)
 
 
 class ScannShard:

@@ -1,5 +1,6 @@
 """The index as others see it: shards of rows, searched one at a time and merged."""
 
+import math
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,27 +42,39 @@ class Index:
         facts: dict[str, Any],
     ):
         self.facts, self.shards = facts, shards
-        self.ranges = [shard_rows(len(valid_N), shards, s) for s in range(shards)]
+        equal = (shard_rows(len(valid_N), shards, s) for s in range(shards))
+        self.ranges = [(start, stop) for start, stop in facts.get("ranges", equal)]
         self.leaves_to_search, self.reorder = facts.get("leaves_to_search", 0), facts.get("reorder", 0)
         self._directory, self._keys, self._valid_N, self._mesh = directory, keys, valid_N, mesh
         self._backend, self._approximate_recall = config["backend"], config["approximate_recall"] or None
-        self._loaded: tuple[int, Searcher] | None = None
+        self._loaded: dict[int, Searcher] = {}
+        self._loaded_bytes = int(config["shard_gigabytes"] * 1e9)
 
     def shard(self, s: int) -> Searcher:
-        """Shard s, loaded; the one loaded before is let go.
+        """Shard s, loaded; those loaded before are let go unless all fit `index.shard_gigabytes`.
 
         Raises:
           UserError: a file of it is missing or damaged.
         """
-        if self._loaded is None or self._loaded[0] != s:
-            self._loaded = None  # first let go, then load: never two in memory
-            self._loaded = (s, self._load(s))
-        return self._loaded[1]
+        if s not in self._loaded:
+            if sum(map(self._bytes, (*self._loaded, s))) > self._loaded_bytes:
+                self._loaded.clear()  # first let go, then load
+            self._loaded[s] = self._load(s)
+        return self._loaded[s]
+
+    def _bytes(self, s: int) -> int:
+        """Of a shard's float32 keys."""
+        start, stop = self.ranges[s]
+        return 4 * (stop - start) * self._keys.shape[1]
 
     def _load(self, s: int) -> Searcher:
         if self._backend == "exact":
             return ExactShard(self._keys, self._valid_N, self.ranges[s], self._mesh, self._approximate_recall)
-        return ScannShard(self._directory / shard_name(s), self.leaves_to_search, self.reorder)
+        shard = ScannShard(self._directory / shard_name(s), self.leaves_to_search, self.reorder)
+        if shard.leaves and (leaves := self.facts.get("leaves")):
+            # One that was added later has fewer leaves: as large a part of them is visited.
+            shard.leaves_to_search = math.ceil(self.leaves_to_search * shard.leaves / leaves)
+        return shard
 
     def search(self, queries_QxE: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest rows of each query that were found, by squared L2 distance.

@@ -24,13 +24,13 @@ from mlp_memory.index.tuning import Setting, Structure
 from mlp_memory.training.progress import Progress
 
 # Below this a tree and codes gain nothing, and k-means has too few rows per leaf.
-_BRUTE_FORCE_ROWS = 4096
+BRUTE_FORCE_ROWS = 4096
 # Rows that train centres and codes and make up the pilots: enough for 60 a leaf at 2^20 rows, in
 # a quarter of a GiB. Runs of a few rows, since one row costs as much to read.
 _SAMPLE_ROWS = 1 << 16
 _SAMPLE_BYTES = 1 << 28
 _RUN_ROWS = 16
-_ROWS_PER_LEAF = 8
+ROWS_PER_LEAF = 8
 _PILOT_QUERIES = 512
 _PILOT_LEAST_K = 16
 
@@ -141,7 +141,7 @@ def _say_needs(rows: int, dimension: int, shards: int, config: IndexConfig) -> N
 
 def _build_and_tune(work: _Work) -> dict[str, Any]:
     """Facts of the plan that reaches the goal; plans are tried in turn."""
-    sample_SxD = _sample(work)
+    sample_SxD = sample_keys(work.keys, work.stream, work.valid_N)
     plans, pilots = _plans(work, sample_SxD)
     oracle = _Oracle(work)
     tried: list[dict[str, Any]] = []
@@ -180,19 +180,26 @@ def _row(structure: Structure, one: tuning.Trial) -> dict[str, Any]:
     return {**values, "recall": one.recall, "recall_low": one.low, "cost_us": one.cost}
 
 
-def _sample(work: _Work) -> np.ndarray:
-    """float32 [S, D]: rows from all over the stream, in its order; all where they are few."""
-    rows, most = len(work.valid_N), min(_SAMPLE_ROWS, _SAMPLE_BYTES // (4 * work.keys.shape[1]))
+def sample_keys(keys: Rows, stream: Stream, valid_S: np.ndarray, first: int = 0) -> np.ndarray:
+    """float32 [S, D]: keys from all over the rows from `first` on, in order; all where they are few.
+
+    Args:
+      keys, stream: what is sampled.
+      valid_S: bool, which of those rows have a key to find.
+      first: row that valid_S begins with.
+    """
+    rows, most = len(valid_S), min(_SAMPLE_ROWS, _SAMPLE_BYTES // (4 * keys.shape[1]))
     if rows <= most:
-        blocks = [block for _, block in checked_blocks(work.keys, work.stream, 0, rows)]
-        return np.concatenate(blocks)[work.valid_N]
+        blocks = [block for _, block in checked_blocks(keys, stream, first, first + rows)]
+        return np.concatenate(blocks)[valid_S]
     runs = max(most // _RUN_ROWS, 1)
     parts = []
     for start in np.arange(runs) * (rows - _RUN_ROWS) // runs:
+        begin_row = first + start
         part = np.concatenate(
-            [block for _, block in checked_blocks(work.keys, work.stream, start, start + _RUN_ROWS)]
+            [block for _, block in checked_blocks(keys, stream, begin_row, begin_row + _RUN_ROWS)]
         )
-        parts.append(part[work.valid_N[start : start + _RUN_ROWS]])
+        parts.append(part[valid_S[start : start + _RUN_ROWS]])
     return np.concatenate(parts)
 
 
@@ -209,21 +216,21 @@ def _plans(work: _Work, sample_SxD: np.ndarray) -> tuple[list[_Plan], list[dict[
     """What to build, in turn, and the pilots' table."""
     config = work.config
     brute = _Plan(Structure(0, 0), scann_shard.brute_force(sample_SxD), Setting(0, 0))
-    if work.shard_rows < _BRUTE_FORCE_ROWS:
+    if work.shard_rows < BRUTE_FORCE_ROWS:
         return [brute], []
     pilots = _Pilots(work, sample_SxD)
     counts = tuning.leaf_counts(work.shard_rows, config)
     widths = tuning.code_widths(config)
     with Progress("index: pilots", len(counts) + len(widths) - 1, "trees and codes") as progress:
         tree = scann_shard.train_tree(
-            sample_SxD, min(counts[0], len(sample_SxD) // _ROWS_PER_LEAF), config.reorder_dtype
+            sample_SxD, min(counts[0], len(sample_SxD) // ROWS_PER_LEAF), config.reorder_dtype
         )
         for width in widths:
             pilots.try_one(tree, width)
             progress.advance(1)
         best_width = pilots.ranked()[0][0].structure.dimensions_per_block
         for leaves in counts[1:]:
-            if leaves <= len(sample_SxD) // _ROWS_PER_LEAF:
+            if leaves <= len(sample_SxD) // ROWS_PER_LEAF:
                 pilots.try_one(scann_shard.train_tree(sample_SxD, leaves, config.reorder_dtype), best_width)
             progress.advance(1)
     pinned = config.leaves or config.leaves_to_search or config.reorder or config.dimensions_per_block

@@ -43,7 +43,8 @@ class Stream(Protocol):
 def draw_sample(stream: Stream, config: RetrieveConfig) -> np.ndarray:
     """`certificate_rows` rows that have a next token, drawn without replacement: int64, ascending.
 
-    All of them where there are fewer. Memory: 16 bytes per document.
+    All of them where there are fewer; fewer where documents have been deleted. Memory: 16 bytes
+    per document.
     """
     last_D = stream.bounds_D1[1:] - 1
     documents = len(last_D)

@@ -6,7 +6,7 @@ the train stream twice, once for n-grams of the held-out splits and once for equ
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,7 +24,13 @@ _PERCENTILES = (50, 75, 95, 99, 100)
 _DIGITS = 6
 
 
-def audit(train: Stream, splits: Mapping[str, Stream], n: int) -> dict[str, Any]:
+class TrainStream(Stream, Protocol):
+    """A stream that may have lost documents."""
+
+    deleted_D: np.ndarray
+
+
+def audit(train: TrainStream, splits: Mapping[str, Stream], n: int) -> dict[str, Any]:
     """What the splits and the train stream have in common, as plain JSON.
 
     A scored row, one that has a next token, is covered if an n-gram that begins in a train
@@ -63,7 +69,7 @@ def audit(train: Stream, splits: Mapping[str, Stream], n: int) -> dict[str, Any]
         "splits": {
             name: _split(coverage, covered_H, parts[name], stream, train) for name, stream in splits.items()
         },
-        "train": _repeats(train, digests_Dx2),
+        "train": _repeats(train, digests_Dx2, train.deleted_D),
     }
 
 
@@ -237,9 +243,9 @@ def _split(
     }
 
 
-def _repeats(train: Stream, digests_Dx2: np.ndarray) -> dict[str, Any]:
+def _repeats(train: Stream, digests_Dx2: np.ndarray, deleted_D: np.ndarray) -> dict[str, Any]:
     first_D = _first_equal(digests_Dx2)
-    copies_C = np.flatnonzero(first_D < np.arange(len(first_D)))
+    copies_C = np.flatnonzero((first_D < np.arange(len(first_D))) & ~deleted_D)
     rows = int(np.diff(train.bounds_D1)[copies_C].sum())
     return {
         "documents": len(first_D),

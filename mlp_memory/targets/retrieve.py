@@ -23,6 +23,7 @@ from mlp_memory.index.exact import Rows, exact_search
 from mlp_memory.index.shards import single_rows
 from mlp_memory.parallel.config import FleetConfig
 from mlp_memory.parallel.fleet import run_units
+from mlp_memory.targets.asked import Asked
 from mlp_memory.targets.candidates import CandidateLists
 from mlp_memory.targets.certificate import (
     NAME,
@@ -65,6 +66,13 @@ class Validation(NamedTuple):
     next_token_Q: np.ndarray
 
 
+class Temperature(NamedTuple):
+    """τ, and how it came about, of targets that were made before."""
+
+    tau: float
+    choice: Mapping[str, Any]
+
+
 class Truth(NamedTuple):
     """What the teacher is held against.
 
@@ -87,10 +95,12 @@ def retrieve(
     validation: Validation | tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
     fleet: FleetConfig | None = None,
     truth: Truth | None = None,
+    temperature: Temperature | None = None,
+    **facts: Any,
 ) -> None:
     """Writes WORKDIR/targets; goes on where an earlier start stopped.
 
-    Arrays, row i of the stream each, M = min(top_m, k):
+    Arrays, row i of the stream each (or of `Inputs.chosen`), M = min(top_m, k):
       token_ids [N, M] uint16, uint32 where the vocabulary needs it: most probable first.
       probs [N, M] float16, renormalised over the M tokens. Rounding moves a value by at most
         2^-11 of itself, or 3e-8 where it is below 6e-5; so a row's sum is 1 within 2^-11.
@@ -120,6 +130,8 @@ def retrieve(
       validation: decides the temperature where that is "auto"; keys in the search space.
       fleet: who does the work; this process if None.
       truth: what the teacher is held against besides exact search over the keys.
+      temperature: taken instead of the config's.
+      facts: for the manifest, beside those above.
 
     Raises:
       UserError: temperature is "auto" and there is no validation sample; the folder holds
@@ -132,16 +144,23 @@ def retrieve(
         raise UserError(
             f"the datastore has {inputs.keys.shape[0]} rows, the token stream {rows}: run embed again"
         )
-    if config.temperature == "auto" and (validation is None or not len(validation[2])):
+    asked = inputs.asked
+    unknown = config.temperature == "auto" and temperature is None
+    if unknown and (validation is None or not len(validation[2])):
         raise UserError(
             'retrieve.temperature = "auto" needs a validation split and there is none: give a number'
         )
     begun = functools.partial(
-        begin, directory, "targets", config_dict(config), parents, _arrays(stream, config)
+        begin,
+        directory,
+        "targets",
+        config_dict(config),
+        parents,
+        _arrays(len(asked), stream.vocab_size, config),
     )
     if peek(directory) is not None and begun().finished:
         return
-    tau, choice = _temperature(inputs, config, validation)
+    tau, choice = temperature or _temperature(inputs, config, validation)
     count = candidates(config, stream)
     certificate = _certify(inputs, truth, config, tau, choice, count)
     check_goal(certificate, config)  # before anything is there that another index would not fit
@@ -150,14 +169,14 @@ def retrieve(
     writer = ChunkWriter(directory, manifest)  # makes the arrays, which workers then find
     if fleet.in_process:
         worker = Worker(directory, inputs, config, tau, count)
-        work = _Work(directory, writer, stream, config, count, shards, lambda: worker, fleet)
+        work = _Work(directory, writer, asked, len(stream), config, count, shards, lambda: worker, fleet)
     else:
         make = functools.partial(_make_worker, directory.location, open_inputs, config, tau, count)
-        work = _Work(directory, writer, stream, config, count, shards, make, fleet)
+        work = _Work(directory, writer, asked, len(stream), config, count, shards, make, fleet)
         del inputs  # a shard and the keys' cache: workers have their own
     work.run()
     found = audit(stream, truth.splits, config.audit_ngram) if config.audit_ngram else None
-    certificate = complete(certificate, _written(directory, stream, config.chunk_rows), found)
+    certificate = complete(certificate, _written(directory, asked, config.chunk_rows), found)
     data = canonical_json(certificate).encode()
     directory.write(NAME, data)
     ChunkWriter(directory, manifest).finish(
@@ -166,9 +185,10 @@ def retrieve(
         temperature_choice=choice,
         recall=recall,
         mean_kept_mass=certificate["kept_mass"]["mean"],
-        mean_support=_mean_support(directory, stream, config.chunk_rows),
+        mean_support=_mean_support(directory, asked, config.chunk_rows),
         rows_with_fewer_neighbours=certificate["rows"]["fewer_than_k"],
         certificate=digest(data),
+        **facts,
     )
     for line in audit_warnings(found) if found else []:
         print(line, file=sys.stderr)
@@ -185,13 +205,15 @@ def _certify(
 ) -> dict[str, Any]:
     """The certificate of the search, and of the store where that keeps less than hidden states."""
     stream, index, rows = inputs.stream, inputs.index, len(inputs.stream)
-    sample_Q, valid_N = draw_sample(stream, config), stream.has_next(0, rows)
+    place_Q, sample_Q = _sample(inputs, config)
+    valid_N = stream.has_next(0, rows)
     exclusion, next_tokens = Exclusion(config, stream), NextTokens(stream)
 
     def lists(found: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return exclusion.exclude(*found, sample_Q)
 
-    queries_QxE = single_rows(inputs.keys, sample_Q)
+    asked = inputs.asked
+    queries_QxE = np.concatenate([asked.queries(place, place + 1) for place in place_Q.tolist()])
     found = lists(index.search(queries_QxE, count))
     exact = lists(exact_search(inputs.keys, valid_N, queries_QxE, count, truth.mesh))
     certificate = certify_search(
@@ -203,7 +225,7 @@ def _certify(
         choice=choice,
         candidates=count,
         shards=index.ranges,
-        scored_rows=int(valid_N.sum()),
+        scored_rows=int(asked.asks(0, len(asked)).sum()),
         approximate_recall=index.facts.get("approximate_recall"),
     )
     if truth.states is None:
@@ -213,16 +235,30 @@ def _certify(
     return {**certificate, "store": certify_store(found, exact, whole, next_tokens, tau, config)}
 
 
+def _sample(inputs: Inputs, config: RetrieveConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The certificate's sample: places in the targets and stream rows, int64 [Q] each."""
+    asked = inputs.asked
+    if inputs.chosen is None:
+        place_Q = draw_sample(inputs.stream, config)
+        place_Q = place_Q[inputs.stream.has_next(0, len(inputs.stream))[place_Q]]
+        return place_Q, place_Q
+    place_A = np.flatnonzero(asked.asks(0, len(asked)))
+    rng = np.random.default_rng(config.certificate_seed)
+    place_Q = rng.choice(place_A, min(config.certificate_rows, len(place_A)), replace=False)
+    place_Q = np.sort(place_Q)
+    return place_Q, asked.rows(0, len(asked))[place_Q]
+
+
 def _make_worker(
     location: str, open_inputs: Callable[[], Inputs], config: RetrieveConfig, tau: float, count: int
 ) -> Worker:
     return Worker(Directory(location), open_inputs(), config, tau, count)
 
 
-def _arrays(stream: Stream, config: RetrieveConfig) -> dict[str, ArraySpec]:
-    rows, top_m = len(stream), min(config.top_m, config.k)
+def _arrays(rows: int, vocab_size: int, config: RetrieveConfig) -> dict[str, ArraySpec]:
+    top_m = min(config.top_m, config.k)
     return {
-        "token_ids": ArraySpec.in_blocks((rows, top_m), _token_dtype(stream.vocab_size), config.chunk_rows),
+        "token_ids": ArraySpec.in_blocks((rows, top_m), _token_dtype(vocab_size), config.chunk_rows),
         "probs": ArraySpec.in_blocks((rows, top_m), "float16", config.chunk_rows),
         "kept_mass": ArraySpec((rows,), "float32", config.chunk_rows),
         "neighbours": ArraySpec((rows,), "uint16", config.chunk_rows),
@@ -237,7 +273,8 @@ class _Work:
         self,
         directory: Directory,
         writer: ChunkWriter,
-        stream: Stream,
+        asked: Asked,
+        stream_rows: int,
         config: RetrieveConfig,
         count: int,
         shards: int,
@@ -245,9 +282,9 @@ class _Work:
         fleet: FleetConfig,
     ):
         self._directory, self._writer, self._config, self._shards = directory, writer, config, shards
-        self._make_worker, self._fleet, self._stream_rows = make_worker, fleet, len(stream)
-        self._count = count
-        self._lists = CandidateLists(directory / UNITS, len(stream))
+        self._make_worker, self._fleet, self._stream_rows = make_worker, fleet, stream_rows
+        self._count, self._asked_rows = count, len(asked)
+        self._lists = CandidateLists(directory / UNITS, stream_rows)
         self._row_bytes = sum(
             spec.chunk_bytes(0) // spec.chunk_shape[0] for spec in writer.manifest.arrays.values()
         )
@@ -263,7 +300,7 @@ class _Work:
                 self._lists.delete(block)  # a kill came before they were deleted
             there = {block: self._lists.shards(block) for block in missing}
             done += sum(self._share(Search(s, block)) for block in missing for s in there[block])
-        with Progress("retrieve", self._stream_rows, "rows", done) as progress:
+        with Progress("retrieve", self._asked_rows, "rows", done) as progress:
             for blocks in self._rounds(missing) if spills else [missing]:
                 if spills:
                     searches = [
@@ -340,21 +377,20 @@ def _temperature(inputs: Inputs, config: RetrieveConfig, validation: Any) -> tup
     return best.tau, {"how": how, "lambda": best.lam, "median_spread": spread, **best.table}
 
 
-def _written(
-    directory: Directory, stream: Stream, block_rows: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """kept_mass and neighbours of the rows with a next token, read back block by block."""
+def _written(directory: Directory, asked: Asked, block_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """kept_mass and neighbours of the rows that ask, read back block by block."""
     kept_mass, neighbours = (ArrayReader(directory, name) for name in ("kept_mass", "neighbours"))
-    for start in range(0, len(stream), block_rows):
-        stop = min(start + block_rows, len(stream))
-        valid_B = stream.has_next(start, stop)
-        yield kept_mass[start:stop][valid_B], neighbours[start:stop][valid_B]
+    for start in range(0, len(asked), block_rows):
+        stop = min(start + block_rows, len(asked))
+        asks_B = asked.asks(start, stop)
+        yield kept_mass[start:stop][asks_B], neighbours[start:stop][asks_B]
 
 
-def _mean_support(directory: Directory, stream: Stream, block_rows: int) -> float:
-    """Mean number of tokens with a positive probability; rows without a next token have none."""
-    support = ArrayReader(directory, "support")
-    starts = range(0, len(stream), block_rows)
-    total = sum(int(support[s : min(s + block_rows, len(stream))].sum(dtype=np.int64)) for s in starts)
-    scored = len(stream) - (len(stream.bounds_D1) - 1)
-    return round(total / max(scored, 1), 3)
+def _mean_support(directory: Directory, asked: Asked, block_rows: int) -> float:
+    """Mean number of tokens with a positive probability; rows that do not ask have none."""
+    support, total, asking = ArrayReader(directory, "support"), 0, 0
+    for start in range(0, len(asked), block_rows):
+        stop = min(start + block_rows, len(asked))
+        total += int(support[start:stop].sum(dtype=np.int64))
+        asking += int(asked.asks(start, stop).sum())
+    return round(total / max(asking, 1), 3)

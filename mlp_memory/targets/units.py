@@ -14,6 +14,7 @@ from mlp_memory.arrays import ChunkWriter
 from mlp_memory.artifacts import Directory, peek
 from mlp_memory.index.exact import Rows
 from mlp_memory.index.neighbors import nearest_first
+from mlp_memory.targets.asked import Asked, EveryRow
 from mlp_memory.targets.candidates import CandidateLists, bytes_per_candidate
 from mlp_memory.targets.config import RetrieveConfig
 from mlp_memory.targets.exclusion import Exclusion
@@ -32,6 +33,7 @@ class Stream(Protocol):
     vocab_size: int
     tokens: Rows
     bounds_D1: np.ndarray
+    deleted_D: np.ndarray
 
     def __len__(self) -> int: ...
 
@@ -60,11 +62,20 @@ class Index(Protocol):
 
 
 class Inputs(NamedTuple):
-    """What retrieve reads: the stream, its keys in the search space, the index over them."""
+    """What retrieve reads: the stream, its keys in the search space, the index over them.
+
+    `chosen` are the rows that get teachers, if not all.
+    """
 
     stream: Stream
     keys: Rows
     index: Index
+    chosen: Asked | None = None
+
+    @property
+    def asked(self) -> Asked:
+        """The rows that get teachers."""
+        return self.chosen or EveryRow(self.stream, self.keys)
 
 
 class Search(NamedTuple):
@@ -115,6 +126,7 @@ class Worker:
 
     def __init__(self, directory: Directory, inputs: Inputs, config: RetrieveConfig, tau: float, count: int):
         self._inputs, self._config, self._tau, self._count = inputs, config, tau, count
+        self._asked = inputs.asked
         self._writer = ChunkWriter(directory, peek(directory))
         self._lists = CandidateLists(directory / UNITS, len(inputs.stream))
         self._next_tokens: NextTokens | None = None
@@ -129,17 +141,15 @@ class Worker:
             self._writer.write(unit.block, **self._chunk(unit.block))
 
     def _asking(self, block: int) -> np.ndarray:
-        """The block's rows that have a next token."""
-        start, stop = self._writer.rows(block)
-        return start + np.flatnonzero(self._inputs.stream.has_next(start, stop))
+        """The places in the block of rows that get a teacher."""
+        return np.flatnonzero(self._asked.asks(*self._writer.rows(block)))
 
     def _search(self, unit: Search) -> tuple[np.ndarray, np.ndarray]:
         """Always for the block's rows together: a search may depend on its company."""
-        start, stop = self._writer.rows(unit.block)
-        asking_Q = self._asking(unit.block) - start
-        if not len(asking_Q):
+        place_Q = self._asking(unit.block)
+        if not len(place_Q):
             return np.zeros((0, self._count), np.int64), np.zeros((0, self._count), np.float32)
-        queries_QxE = np.asarray(self._inputs.keys[start:stop], np.float32)[asking_Q]
+        queries_QxE = self._asked.queries(*self._writer.rows(unit.block))[place_Q]
         return self._inputs.index.shard(unit.shard).search(queries_QxE, self._count)
 
     def _candidates(self, block: int, shard: int) -> tuple[np.ndarray, np.ndarray]:
@@ -150,13 +160,14 @@ class Worker:
     def _chunk(self, block: int) -> dict[str, np.ndarray]:
         """One chunk of every array."""
         start, stop = self._writer.rows(block)
-        asking_Q = self._asking(block)
+        place_Q = self._asking(block)
         arrays = {
             name: np.zeros((stop - start, *spec.shape[1:]), spec.dtype)
             for name, spec in self._writer.manifest.arrays.items()
         }
-        if not len(asking_Q):
+        if not len(place_Q):
             return arrays
+        row_Q = self._asked.rows(start, stop)[place_Q]
         shards = range(self._inputs.index.shards)
         lists = (self._candidates(block, shard) for shard in shards)
         rows_QxC, sqdist_QxC = merged(lists, self._count)
@@ -164,12 +175,12 @@ class Worker:
             self._next_tokens = NextTokens(self._inputs.stream)
             self._exclusion = Exclusion(self._config, self._inputs.stream)
         top_m = self._writer.manifest.arrays["probs"].shape[1]
-        for first in range(0, len(asking_Q), _MERGED_ROWS):
+        for first in range(0, len(place_Q), _MERGED_ROWS):
             some = slice(first, first + _MERGED_ROWS)
-            rows_Qxk, sqdist_Qxk = self._exclusion.exclude(rows_QxC[some], sqdist_QxC[some], asking_Q[some])
+            rows_Qxk, sqdist_Qxk = self._exclusion.exclude(rows_QxC[some], sqdist_QxC[some], row_Q[some])
             labels_Qxk = self._next_tokens[rows_Qxk]
             targets = knn_distribution(rows_Qxk, sqdist_Qxk, labels_Qxk, self._tau, top_m)
-            _fill(arrays, asking_Q[some] - start, rows_Qxk, targets)
+            _fill(arrays, place_Q[some], rows_Qxk, targets)
         return arrays
 
 

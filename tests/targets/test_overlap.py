@@ -11,6 +11,7 @@ class Stream:
         self.documents = [[int(t) for t in d] for d in documents]
         self.tokens = np.array([t for d in self.documents for t in d], dtype)
         self.bounds_D1 = np.cumsum([0, *map(len, documents)]).astype(np.int64)
+        self.deleted_D = np.zeros(len(documents), bool)
 
     def __len__(self):
         return len(self.tokens)
