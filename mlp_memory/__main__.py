@@ -114,6 +114,32 @@ def _study(args: argparse.Namespace) -> None:
         print(conclude(study))
 
 
+def _update(args: argparse.Namespace) -> None:
+    """Does the first stage that the update lacks, then starts afresh, as `_run` does."""
+    from mlp_memory.parallel.hosts import joined
+    from mlp_memory.updating.request import read_request
+    from mlp_memory.updating.update import Update, summary
+
+    base, workdir = Directory(args.workdir), Directory(args.output)
+    config = load_config(args.gin_file, args.gin, base)
+    update = Update(read_request(base, args.add, args.delete, config.corpus.text_field), workdir, config)
+    with joined(config.hosts) as hosts:
+        stage = None
+        if hosts.index == 0:
+            update.prepare()
+            stage = update.next_stage()
+        name = hosts.agree(stage.name if stage else None)
+        if name:
+            stage = next(stage for stage in update.stages() if stage.name == name)
+            if hosts.index == 0:
+                print(f"--- update: {stage.name}: {stage.help}", flush=True)
+            _work(update.job, stage, hosts)
+    if name:
+        _start_afresh()
+    if hosts.index == 0:
+        print(summary(update.base, update.job))
+
+
 def _first_missing(job: Job) -> str | None:
     """The name of the first stage to do; None where all is done."""
     wanted = (stage for stage in pipeline.STAGES if stage.wanted(job.config))
@@ -232,6 +258,8 @@ def _setting(source: str) -> str:
 def _dispatch(args: argparse.Namespace) -> None:
     if args.stage == "study":
         return _study(args)
+    if args.stage == "update":
+        return _update(args)
     if args.stage == "plan":
         plan = _plan_retrieve if args.what == "retrieve" else _plan_training
         plan(args)

@@ -5,6 +5,7 @@ Each array is a zarr3 array with crc32c on every chunk, or on every block that c
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -118,27 +119,28 @@ class ChunkWriter:
             raise UserError(f"cannot write {self.directory}: {first_line(error)}") from error
         self._mark_written(chunk, marks)
 
-    def adopt(self, source: Directory, found: Manifest, rows: int) -> list[int]:
-        """Takes over the whole chunks of another artifact's first `rows` rows that are still missing here.
+    def adopt(self, source: Directory, found: Manifest, same: Callable[[int, int], bool]) -> None:
+        """Takes over whole chunks of another artifact that are still missing here.
+
+        None where its arrays lie on disk otherwise.
 
         Args:
           source: its folder.
           found: its manifest, finished, with arrays of the same names.
-          rows: rows that both have alike.
-
-        Returns:
-          The chunks taken; none where the arrays lie on disk otherwise.
+          same: whether rows start..stop, which the other has, are alike in both.
         """
         here, there = self.manifest.arrays, found.arrays
         if any(_layout(here[name]) != _layout(there[name]) for name in here):
-            return []
-        taken = [chunk for chunk in self.missing() if self.rows(chunk)[0] + self.chunk_rows <= rows]
-        for chunk in taken:
+            return
+        rows = next(iter(there.values())).shape[0]
+        for chunk in self.missing():
+            start = self.rows(chunk)[0]
+            if start + self.chunk_rows > rows or not same(start, start + self.chunk_rows):
+                continue
             for name, spec in here.items():
                 (self.directory / name).take(chunk_key(spec, chunk), source / name)
             marks = {name: found.checksums[name][chunk] for name in here}
             self._mark_written(chunk, marks)
-        return taken
 
     def _mark_written(self, chunk: int, marks: dict[str, str]) -> None:
         self.directory.write(_mark(chunk), canonical_json(marks).encode())

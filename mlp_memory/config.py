@@ -17,6 +17,7 @@ from mlp_memory.memory.config import DistillConfig, MemoryConfig
 from mlp_memory.parallel.config import FleetConfig, HostsConfig, MeshConfig
 from mlp_memory.studies.config import StudyConfig
 from mlp_memory.targets.config import RetrieveConfig
+from mlp_memory.updating.config import UpdateConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Config:
     hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig)
     fleet: FleetConfig = dataclasses.field(default_factory=FleetConfig)
     study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
+    update: UpdateConfig = dataclasses.field(default_factory=UpdateConfig)
 
     def __post_init__(self):
         if not self.pretrained.source:  # an imported decoder's shape is known once it is opened
@@ -82,4 +84,4 @@ class Config:
 def config_json(config: Config) -> dict[str, Any]:
     """Every section of a run as plain JSON, settings that cannot change a result left out."""
     names = (field.name for field in dataclasses.fields(config))
-    return {name: config_dict(getattr(config, name)) for name in names if name != "study"}
+    return {name: config_dict(getattr(config, name)) for name in names if name not in ("study", "update")}

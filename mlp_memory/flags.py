@@ -18,6 +18,15 @@ command line:
 Once a workdir holds a stage, --gin_file may be left out: its config.gin is used.
 A killed run goes on where it stopped when the same command is given again.
 """
+_UPDATE_EPILOG = """\
+  python -m mlp_memory update --workdir=runs/demo --output=runs/demo2 --add='news/*.jsonl'
+  python -m mlp_memory update --workdir=runs/demo2 --output=runs/demo3 --delete=17,40-42 --delete=old.jsonl
+
+Files are one document each, or JSON lines (.jsonl, a "text" each), parquet or WikiText (.tokens), packed
+or not. A document to delete is one whose tokens are those of a document in the file. The workdir that is
+updated stays as it is; delete it once nothing should be left of what was deleted. A killed update
+goes on where it stopped when the same command is given again.
+"""
 _PLAN_EPILOG = """\
 For Wikipedia's five billion tokens and Llama-2-7B, keys as 256 numbers of one byte, 500 workers:
 
@@ -101,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
                 help="the memory's share, or gate: a share of each token's own; "
                 "the best on validation if left out",
             )
+    _add_update(stages)
     _add_study(stages)
     _add_plan(stages)
     return whole
@@ -115,6 +125,30 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--gin", action="append", default=[], metavar="NAME.PARAM=VALUE", help="binding; may be given again"
     )
+
+
+def _add_update(stages: argparse._SubParsersAction) -> None:
+    text = "documents added to a memory, or deleted from it, without making it again"
+    update = stages.add_parser(
+        "update",
+        help=text,
+        description=text,
+        epilog=_UPDATE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    update.add_argument("--workdir", required=True, help="what is updated; it stays as it is")
+    update.add_argument("--output", required=True, help="workdir of the update")
+    update.add_argument(
+        "--add", action="append", default=[], metavar="FILE", help="documents; may be given again"
+    )
+    update.add_argument(
+        "--delete",
+        action="append",
+        default=[],
+        metavar="NUMBERS_OR_FILE",
+        help="documents of the train stream, by number or as a file; may be given again",
+    )
+    _add_recipe(update)
 
 
 def _add_study(stages: argparse._SubParsersAction) -> None:

@@ -89,7 +89,12 @@ def _begin(
 
 def _tokenize(job: Job, directory: Directory) -> None:
     from mlp_memory.corpus.tokenize import tokenize
+    from mlp_memory.updating.request import read_record
 
+    if record := read_record(job.workdir):
+        raise UserError(
+            f"{job.workdir} is an update of {record.get('base')}: run `update` again, not tokenize"
+        )
     tokenize(directory, job.config.corpus, job.tokenizer)
 
 

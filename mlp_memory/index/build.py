@@ -110,11 +110,8 @@ def take_shard(directory: Directory, shard: int, source: Directory, stream: Stre
     Raises:
       UserError: a file is gone or damaged.
     """
-    target, source, parents = (
-        directory / shard_name(shard),
-        source / shard_name(shard),
-        {"datastore": datastore},
-    )
+    target, source = directory / shard_name(shard), source / shard_name(shard)
+    parents = {"datastore": datastore}
     here, there = peek(target), peek(source)
     if there is None or not there.finished:
         raise UserError(f"{source} is missing: run `python -m mlp_memory index` there first")

@@ -127,6 +127,22 @@ def mixture_figures(base_log_prob_N: np.ndarray, memory_log_prob_N: np.ndarray) 
     }
 
 
+def validate(
+    validation: ValidationRows, mesh: Mesh, config: DistillConfig
+) -> Callable[[Memory], dict[str, float]]:
+    """What scores a memory on held-out rows."""
+    dtype = compute_dtype(config.dtype)
+
+    def evaluate(model: Memory) -> dict[str, float]:
+        log_prob_N = memory_log_probs(model, validation.taps_NxD, validation.labels_N, mesh, dtype)
+        return {
+            **mixture_figures(validation.base_log_prob_N, log_prob_N),
+            "validation_memory_perplexity": float(np.exp(-log_prob_N.astype(np.float64).mean())),
+        }
+
+    return evaluate
+
+
 def batch_shapes(
     config: DistillConfig, states: States, teacher_tokens: int, vocab_size: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -196,19 +212,10 @@ def distill(
             f"a memory of {model_config.vocab_size} tokens does not hold the corpus vocabulary of "
             f"{stream.vocab_size}: leave memory.vocab_size 0"
         )
-    dtype = compute_dtype(config.dtype)
-
-    def evaluate(model: Memory) -> dict[str, float]:
-        log_prob_N = memory_log_probs(model, validation.taps_NxD, validation.labels_N, mesh, dtype)
-        return {
-            **mixture_figures(validation.base_log_prob_N, log_prob_N),
-            "validation_memory_perplexity": float(np.exp(-log_prob_N.astype(np.float64).mean())),
-        }
-
     task = dataclasses.replace(
         distill_task(model_config, config, states, mesh),
         batches=Batches(source, config.batch_size, config.seed, config.read_threads),
-        evaluate=evaluate,
+        evaluate=validate(validation, mesh, config),
         observe=observe,
     )
     rows = config.steps * task.unit_per_step

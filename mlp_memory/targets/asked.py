@@ -1,5 +1,6 @@
 """The rows that get teachers: every row of the stream, or chosen blocks of it."""
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +14,10 @@ class Stream(Protocol):
     def __len__(self) -> int: ...
 
     def has_next(self, start: int, stop: int) -> np.ndarray: ...
+
+    def labels(self, start: int, stop: int) -> np.ndarray: ...
+
+    def is_deleted(self, start: int, stop: int) -> np.ndarray: ...
 
 
 class Asked(Protocol):
@@ -99,7 +104,21 @@ class ChosenBlocks:
             queries_TxE[place : place + last - first] = source.keys[first:last]
         return queries_TxE
 
-    def _runs(self, start: int, stop: int):
+    def labels(self, start: int, stop: int) -> np.ndarray:
+        """int32: next tokens, 0 where there is none; of deleted rows they are the base's."""
+        labels_T = np.zeros(stop - start, np.int32)
+        for place, first, last, source in self._runs(start, stop):
+            labels_T[place : place + last - first] = source.stream.labels(first, last)
+        return labels_T
+
+    def is_deleted(self, start: int, stop: int) -> np.ndarray:
+        """bool: rows that ask and have been deleted since."""
+        deleted_T = np.zeros(stop - start, np.bool_)
+        for place, first, last, _ in self._runs(start, stop):
+            deleted_T[place : place + last - first] = self._now.stream.is_deleted(first, last)
+        return deleted_T & self.asks(start, stop)
+
+    def _runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int, Source]]:
         """Stretches within a block: place from `start`, stream rows first..last, where they are read from."""
         for block in range(start // self._block_rows, -(-stop // self._block_rows)):
             begin = block * self._block_rows

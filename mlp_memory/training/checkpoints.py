@@ -67,10 +67,16 @@ class StepCheckpoints:
 
         Waits until every save is on disk.
         """
+        return min(self._validated(), key=lambda found: (found[1]["validation_loss"], found[0]))
+
+    def last(self) -> tuple[int, dict[str, float]]:
+        """The last validated step and its figures. Waits as `best` does."""
+        return max(self._validated(), key=lambda found: found[0])
+
+    def _validated(self) -> list[tuple[int, dict[str, float]]]:
         self._checkpointer.wait()
-        validated = [c for c in self._checkpointer.checkpoints if c.metrics is not None]
-        found = min(validated, key=lambda c: _rank(c.metrics))
-        return found.step, {k: v for k, v in found.metrics.items() if k != "step"}
+        found = (c for c in self._checkpointer.checkpoints if c.metrics is not None)
+        return [(c.step, {k: v for k, v in c.metrics.items() if k != "step"}) for c in found]
 
     def save(self, step: int, state: Any, figures: dict[str, float] | None) -> None:
         """Starts a save with its validation figures; returns before it is on disk."""

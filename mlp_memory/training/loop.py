@@ -51,6 +51,7 @@ class Task:
       frozen: pytree handed to `loss`, not differentiated.
       initial: parameters to start from, a pure dict; None for fresh ones.
       published: the model that becomes of the trained one; None for itself.
+      publish_last: whether the last state is published rather than the one of least validation loss.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Task:
     frozen: Any = None
     initial: Any = None
     published: Callable[[nnx.Module], nnx.Module] | None = None
+    publish_last: bool = False
 
 
 def compute_dtype(name: str) -> Any:
@@ -253,7 +255,7 @@ def train(
     # SIGTERM is let through to Python only once every save is on disk.
     with contextlib.closing(_StopRequest()) as stop, contextlib.closing(steps):
         _take_steps(run, directory, steps, stop)
-        best, figures = steps.best()
+        best, figures = steps.last() if task.publish_last else steps.best()
         model = run.model(steps.load(best, run.abstract_state())["params"])
     if task.published:
         facts = {**facts, "trained_parameters": checkpoints.count_parameters(model)}
