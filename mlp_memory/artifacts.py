@@ -24,7 +24,8 @@ import tensorstore as ts
 
 SCHEMA = 1
 _BLOCK_BYTES = 1 << 19
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
+"""The file of an artifact that says what it is, written first and last."""
 
 
 class UserError(Exception):
@@ -276,11 +277,9 @@ def later(default: Any) -> Any:
 
 def peek(directory: Directory) -> Manifest | None:
     """The manifest, finished or not; None where there is none."""
-    data = directory.read(_MANIFEST) if not directory.is_local or directory.path.is_dir() else None
+    data = directory.read(MANIFEST) if not directory.is_local or directory.path.is_dir() else None
     return (
-        None
-        if data is None
-        else Manifest.from_json(data.decode(errors="replace"), f"{directory}/{_MANIFEST}")
+        None if data is None else Manifest.from_json(data.decode(errors="replace"), f"{directory}/{MANIFEST}")
     )
 
 
@@ -312,7 +311,7 @@ def begin(
         return fresh
     if found is None:
         try:
-            directory.write(_MANIFEST, fresh.to_json().encode())
+            directory.write(MANIFEST, fresh.to_json().encode())
         except ValueError as error:
             raise UserError(f"cannot write to {directory}: {first_line(error)}") from error
         return fresh
@@ -354,7 +353,7 @@ def finish(directory: Directory, manifest: Manifest, **facts: Any) -> Manifest:
     done = dataclasses.replace(
         manifest, finished=True, facts=json.loads(canonical_json({**manifest.facts, **facts}))
     )
-    directory.write(_MANIFEST, done.to_json().encode())
+    directory.write(MANIFEST, done.to_json().encode())
     sweep(directory)
     return done
 

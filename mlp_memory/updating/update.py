@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from mlp_memory.targets.asked import ChosenBlocks
     from mlp_memory.targets.units import Inputs
 
-_REMADE = ("tokenize", "embed", "index", "retrieve", "distill")
-"""The stages whose artifacts an update makes again; what is made from them is left to `run`."""
-
 
 class Update:
     """An update between its stages.
@@ -53,36 +50,49 @@ class Update:
         """
         if self.base.config.pretrained.memory:
             raise UserError("update: an imported memory has no datastore that could be updated")
-        for name in _REMADE:
-            stage = pipeline.find_stage(name)
+        for stage in self.stages():
             if not stage.is_done(self.base):
                 raise UserError(
-                    f"{self.base.workdir} has no finished {stage.folder}: run `{name}` there first"
+                    f"{self.base.workdir} has no finished {stage.folder}: run `{stage.name}` there first"
                 )
         self.digest = keep_record(self.job.workdir, self.request)
-        parts = pipeline.find_stage("tokenize").parts(self.job.config)
-        for folder in ("decoder", *(f"corpus/{part}" for part in parts if part != "train")):
-            _take(self.base.workdir / folder, self.job.workdir / folder)
+        for part in pipeline.find_stage("tokenize").parts(self.job.config):
+            if part != "train":
+                _take(self.base.workdir / f"corpus/{part}", self.job.workdir / f"corpus/{part}")
 
     def next_stage(self) -> Stage | None:
         """The first stage that is not done."""
         return next((stage for stage in self.stages() if not stage.is_done(self.job)), None)
 
     def stages(self) -> list[Stage]:
-        """The stages that an update makes again, with its own way of making them."""
+        """The stages up to the memory, with an update's way of doing them; what follows is left to `run`."""
         work: dict[str, Callable[[Job, Directory], None]] = {
             "tokenize": self._corpus,
+            self.job.made_by("decoder"): self._decoder,
             "embed": self._embed,
             "index": self._index,
             "retrieve": self._retrieve,
             "distill": self._distill,
         }
-        return [dataclasses.replace(pipeline.find_stage(name), work=work[name]) for name in _REMADE]
+        return [dataclasses.replace(pipeline.find_stage(name), work=work[name]) for name in work]
 
     def _corpus(self, job: Job, directory: Directory) -> None:
         from mlp_memory.updating.corpus import update_corpus
 
         update_corpus(directory, self.request, self.digest, job.config.corpus.workers)
+
+    def _decoder(self, job: Job, directory: Directory) -> None:
+        """The base's files. It was trained on what the stream was at first: fact trained_on."""
+        import jax
+
+        if jax.process_index():
+            return
+        stage, source = pipeline.find_stage(job.made_by("decoder")), self.base.workdir / "decoder"
+        found = self.base.manifest("decoder")
+        manifest = dataclasses.replace(found, parents=job.fingerprints(*stage.parents(job.config)))
+        facts = {} if not found.parents else {"trained_on": found.facts.get("trained_on", found.parents)}
+        _take(source, directory, without=artifacts.MANIFEST)
+        artifacts.finish(directory, manifest, **facts)
 
     def _embed(self, job: Job, directory: Directory) -> None:
         from mlp_memory.arrays import ChunkWriter
@@ -190,11 +200,10 @@ class Update:
         )
 
 
-def _take(source: Directory, target: Directory) -> None:
-    """A finished artifact under a second name; its manifest last."""
-    names = source.names()
-    there = set(target.names())
-    for name in sorted(set(names) - there, key=lambda name: (name == "manifest.json", name)):
+def _take(source: Directory, target: Directory, without: str = "") -> None:
+    """A finished artifact, or all of it but one file, under a second name; its manifest last."""
+    missing = set(source.names()) - set(target.names()) - {without}
+    for name in sorted(missing, key=lambda name: (name == artifacts.MANIFEST, name)):
         target.take(name, source)
 
 
@@ -255,7 +264,7 @@ def summary(base: Job, job: Job) -> str:
     blocks = dict(targets["blocks"])
     rows = blocks.pop("rows")
     took = seconds_by_stage(job.workdir)
-    deleted = int((stream.deleted_D.sum() - old.deleted_D.sum()))
+    deleted = int(stream.deleted_D.sum() - old.deleted_D.sum())
     lines = [
         f"documents     {len(stream.bounds_D1) - len(old.bounds_D1):,} added, {deleted:,} deleted",
         f"rows          {len(stream) - len(old):,} added to {len(old):,}",
