@@ -1,0 +1,209 @@
+"""What updates are worth: added and deleted documents against memories made again from scratch.
+
+    python benchmarks/living.py documents --workdir=runs/living
+    python benchmarks/living.py facts --workdir=runs/living_facts
+
+`documents`: articles of another kind, 5 % of the corpus, are added to the memory of a Wikipedia corpus.
+Its peer is retrained on everything: the same decoder, all keys, index, teachers and memory made anew.
+Perplexity of decoder + memory on held-out text of both kinds, λ tuned on the old kind's validation part
+as always, and the seconds of each stage.
+
+`facts`: invented entities (mlp_memory/evaluation/facts.py), told in some words and asked in others. Some
+are known from the start, some are added, some of the known deleted. Peers: retrained on everything, and
+a memory that never saw the deleted ones. Of each group of facts: how often the right answer of ten is
+the likeliest, and its probability among the ten.
+
+Everything goes through the command line; a run that was stopped goes on.
+"""
+
+import argparse
+import json
+import lzma
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from mlp_memory.artifacts import Directory
+from mlp_memory.evaluation.facts import Entity, Question, invent
+from mlp_memory.evaluation.harness.models import Models
+from mlp_memory.job import Job
+from mlp_memory.recipes import load_config
+from mlp_memory.workdir import seconds_by_stage
+
+MADE_AGAIN = ("embed", "index", "retrieve", "distill")
+SYSTEMS = ("base", "base_plus_memory", "knn_lm_exact")
+ALONE = [f"--gin={name}.enabled = False" for name in ("joint", "gate", "baseline")]
+
+
+def command(*words: object) -> None:
+    """Runs `python -m mlp_memory WORDS`."""
+    print("+", *words, flush=True)
+    subprocess.run([sys.executable, "-m", "mlp_memory", *map(str, words)], check=True)
+
+
+def stages(workdir: Path, names: tuple[str, ...], *flags: str) -> None:
+    """Does these stages."""
+    for name in names:
+        command(name, f"--workdir={workdir}", *flags)
+
+
+def update(base: Path, output: Path, *flags: str) -> Path:
+    """The update's workdir."""
+    command("update", f"--workdir={base}", f"--output={output}", *flags)
+    return output
+
+
+def retrained(updated: Path, output: Path, flags: list[str]) -> Path:
+    """A workdir with an update's stream and decoder, all else made from scratch."""
+    for name in ("corpus", "decoder"):
+        if not (output / name).exists():
+            shutil.copytree(updated / name, output / name)
+    stages(output, MADE_AGAIN, *flags)
+    return output
+
+
+def write_texts(path: Path, texts: list[str]) -> Path:
+    """JSON lines, a document each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def seconds(workdir: Path, names: tuple[str, ...]) -> dict[str, float]:
+    """What stages took."""
+    found = seconds_by_stage(Directory(workdir))
+    return {name: found.get(name, 0.0) for name in names}
+
+
+def documents(args: argparse.Namespace, flags: list[str]) -> None:
+    """Prints the table of the documents experiment."""
+    workdir = Path(args.workdir)
+    with lzma.open(args.add, "rt") as file:
+        texts = [json.loads(line)["text"] for line in file]
+    base = workdir / "base"
+    stages(base, ("tokenize", "pretrain"), *flags)
+    wanted = args.share * Job(Directory(base), load_config([], [], Directory(base))).stream("train").num_bytes
+    added, size = [], 0
+    while size < wanted:
+        added.append(texts[len(added)])
+        size += len(added[-1].encode())
+    new = write_texts(workdir / "new.jsonl", added)
+    stages(base, MADE_AGAIN, *flags)
+    updated = update(base, workdir / "updated", f"--add={new}", *flags)
+    again = retrained(updated, workdir / "retrained", flags)
+    rows = {}
+    for name, folder in {"base": base, "updated": updated, "retrained": again}.items():
+        command("evaluate", f"--workdir={folder}", *flags)
+        results = json.loads((folder / "reports/results.json").read_text())
+        rows[name] = {
+            split: {
+                system: results[split]["perplexity"][system]
+                for system in ("base", "base_plus_memory", "knn_lm_exact")
+            }
+            for split in ("test", "new")
+        }
+    print(json.dumps(rows, indent=1))
+    print(f"added {len(added)} documents, {size:,} bytes")
+    spent = seconds(updated, ("tokenize", "pretrain", *MADE_AGAIN))
+    whole = seconds(again, MADE_AGAIN)
+    for name in spent:
+        print(f"{name:10} update {spent[name]:8.1f} s   retraining {whole.get(name, 0):8.1f} s")
+    ratio = sum(spent.values()) / sum(whole.values())
+    print(f"update {sum(spent.values()):.0f} s = {ratio:.1%} of retraining's {sum(whole.values()):.0f} s")
+
+
+def asked(workdir: Path, questions: list[Question]) -> dict[str, np.ndarray]:
+    """The probability of each answer among the ten, [Q, 10], by system."""
+    job = Job(Directory(workdir), load_config([], [], Directory(workdir)))
+    models = Models(job, SYSTEMS, 128, 4096, 16)
+    pairs = [(q.asked, f" {answer}") for q in questions for answer in q.answers]
+    scored = models.score("base", pairs)
+    weight = job.manifest("memory").facts["validation"]["validation_lambda"]
+    knn = job.manifest("targets").facts["temperature_choice"].get("lambda", 0.25)
+    found = {}
+    for name, partner, at in (
+        ("base", None, 0.0),
+        ("knn", "knn_lm_exact", knn),
+        ("memory", "memory", weight),
+        ("memory alone", "memory", 1.0),
+    ):
+        log_prob_QxA = scored.at(partner, at)[0].reshape(len(questions), -1)
+        prob_QxA = np.exp(log_prob_QxA - log_prob_QxA.max(axis=1, keepdims=True))
+        found[name] = prob_QxA / prob_QxA.sum(axis=1, keepdims=True)
+    return found
+
+
+def interval(values_Q: np.ndarray) -> tuple[float, float]:
+    """95 %, percentile bootstrap over questions."""
+    rng = np.random.default_rng(0)
+    means = values_Q[rng.integers(0, len(values_Q), (2000, len(values_Q)))].mean(axis=1)
+    return tuple(np.quantile(means, [0.025, 0.975]).tolist())
+
+
+def facts(args: argparse.Namespace, flags: list[str]) -> None:
+    """Prints the table of the facts experiment."""
+    workdir, groups = Path(args.workdir), {}
+    every: list[Entity] = []
+    for number, name in enumerate(("known", "added", "deleted")):
+        groups[name] = invent(args.entities, number, every)
+        every += groups[name]
+    files = {
+        name: write_texts(workdir / f"{name}.jsonl", [entity.document(0) for entity in group])
+        for name, group in groups.items()
+    }
+    start = workdir / "start"
+    stages(start, ("tokenize", "pretrain", *MADE_AGAIN), *flags)
+    told = update(start, workdir / "told", f"--add={files['known']}", f"--add={files['deleted']}", *flags)
+    base = retrained(told, workdir / "base", flags)
+    never = update(start, workdir / "never_told", f"--add={files['known']}", *flags)
+    found = {
+        "base": base,
+        "added": update(base, workdir / "added", f"--add={files['added']}", *flags),
+        "deleted": update(base, workdir / "deleted", f"--delete={files['deleted']}", *flags),
+    }
+    found["retrained with added"] = retrained(found["added"], workdir / "retrained", flags)
+    found["never saw deleted"] = retrained(never, workdir / "never", flags)
+    print("probability of the right answer among ten, and how often it is the likeliest")
+    for name, folder in found.items():
+        for group, entities in groups.items():
+            questions = [question for entity in entities for question in entity.questions()]
+            right = np.array([question.right for question in questions])
+            for system, prob_QxA in asked(folder, questions).items():
+                prob_Q = prob_QxA[np.arange(len(right)), right]
+                low, high = interval(prob_Q)
+                recall = (prob_QxA.argmax(axis=1) == right).mean()
+                line = f"{prob_Q.mean():.4f} ({low:.4f} ... {high:.4f})  recall {recall:.3f}"
+                print(f"{name:22} {group:8} {system:13} {line}", flush=True)
+    for name, folder in found.items():
+        spent = seconds(folder, ("tokenize", "pretrain", *MADE_AGAIN))
+        print(f"{name:22} {sum(spent.values()):6.0f} s  {spent}")
+
+
+def main() -> None:
+    """Runs one experiment."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("documents", "facts"))
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--gin_file", default="gin_configs/studies/enwiki_small_cpu.gin")
+    parser.add_argument("--gin", action="append", default=[])
+    parser.add_argument("--add", default="../shared/data/corpora/wikinews/train.jsonl.xz")
+    parser.add_argument("--held_out", default="../shared/data/corpora/wikinews/validation.jsonl.xz")
+    parser.add_argument("--share", type=float, default=0.05, help="of the corpus' bytes that is added")
+    parser.add_argument("--entities", type=int, default=40, help="of each group of facts")
+    args = parser.parse_args()
+    flags = [f"--gin_file={args.gin_file}", *ALONE, *(f"--gin={binding}" for binding in args.gin)]
+    if args.what == "documents":
+        part = ["corpus.elsewhere = {'new': @new/part()}", "new/part.source = 'jsonl'"]
+        part += [f"new/part.train_files = ['{args.held_out}']"]
+        documents(args, [*flags, *(f"--gin={binding}" for binding in part)])
+    else:
+        facts(args, flags)
+
+
+if __name__ == "__main__":
+    main()
