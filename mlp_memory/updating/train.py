@@ -76,7 +76,7 @@ def _draw(token_ids_RxM: np.ndarray, probs_RxM: np.ndarray, rng: np.random.Gener
     """A token of each distribution, int64 [R]; the first where it is empty."""
     cumulative_RxM = np.cumsum(probs_RxM.astype(np.float64), axis=1)
     point_R = rng.random(len(probs_RxM)) * cumulative_RxM[:, -1]
-    place_R = np.minimum((cumulative_RxM <= point_R[:, None]).sum(axis=1), probs_RxM.shape[1] - 1)
+    place_R = np.where(cumulative_RxM[:, -1] > 0, (cumulative_RxM <= point_R[:, None]).sum(axis=1), 0)
     return token_ids_RxM[np.arange(len(place_R)), place_R].astype(np.int64)
 
 
