@@ -13,6 +13,9 @@ are known from the start, some are added, some of the known deleted. Peers: retr
 a memory that never saw the deleted ones. Of each group of facts: how often the right answer of ten is
 the likeliest, and its probability among the ten.
 
+`index`, after `documents`: the new rows as a shard of their own, against ScaNN's own way of
+taking them into the index that is there (`upsert`, in memory, the whole index then written again).
+
 Everything goes through the command line; a run that was stopped goes on.
 """
 
@@ -22,6 +25,7 @@ import lzma
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +33,13 @@ import numpy as np
 from mlp_memory.artifacts import Directory
 from mlp_memory.evaluation.facts import Entity, Question, invent
 from mlp_memory.evaluation.harness.models import Models
+from mlp_memory.index.codec import Space
+from mlp_memory.index.exact import exact_search
+from mlp_memory.index.extend import extend_index
+from mlp_memory.index.neighbors import recall_at_k
+from mlp_memory.index.scann_shard import load
+from mlp_memory.index.search import open_index
+from mlp_memory.index.shards import single_rows
 from mlp_memory.job import Job
 from mlp_memory.recipes import load_config
 from mlp_memory.workdir import seconds_by_stage
@@ -182,12 +193,70 @@ def facts(args: argparse.Namespace, flags: list[str]) -> None:
         print(f"{name:22} {sum(spent.values()):6.0f} s  {spent}")
 
 
+def index(args: argparse.Namespace) -> None:
+    """Prints seconds and recall of both ways of making an index of more rows."""
+    workdir, scratch = Path(args.workdir), Path(args.workdir) / "scratch"
+    jobs = [
+        Job(Directory(workdir / name), load_config([], [], Directory(workdir / "base")))
+        for name in ("base", "updated")
+    ]
+    (old, stream), keys = (job.stream("train") for job in jobs), jobs[1].keys()
+    found, valid_N = jobs[0].manifest("index"), stream.has_next(0, len(stream))
+    k, config = jobs[0].config.retrieve.k, jobs[0].config.index
+    rng = np.random.default_rng(0)
+    asked = {
+        "old": rng.choice(np.flatnonzero(valid_N[: len(old)]), 256, replace=False),
+        "new": len(old) + rng.choice(np.flatnonzero(valid_N[len(old) :]), 256, replace=False),
+    }
+    queries = {name: single_rows(keys, np.sort(rows)) for name, rows in asked.items()}
+    truth = {name: exact_search(keys, valid_N, rows, k) for name, rows in queries.items()}
+
+    shutil.rmtree(scratch, ignore_errors=True)
+    start = time.perf_counter()
+    extend_index(
+        Directory(scratch / "shard"),
+        jobs[0].workdir / "index",
+        found,
+        len(old),
+        keys,
+        "new",
+        stream,
+        config,
+        k,
+    )
+    print(f"a shard of its own: {time.perf_counter() - start:.1f} s, its recall measured")
+    extended = open_index(Directory(scratch / "shard"), keys, valid_N)
+    for name, rows in queries.items():
+        recall = recall_at_k(extended.search(rows, k)[0], truth[name][0])
+        print(f"  recall@{k} of {name} rows {recall:.4f}")
+
+    folder = workdir / "base/index/shard-00000"
+    rows_P = np.flatnonzero(valid_N)
+    space = Space(np.load(folder / "mean.npy"))
+    start = time.perf_counter()
+    searcher = load(folder / "scann", list(range(int(valid_N[: len(old)].sum()))))
+    added = rows_P[rows_P >= len(old)]
+    lifted = space.keys(np.asarray(keys[len(old) : len(stream)])[added - len(old)])
+    searcher.reserve(len(rows_P))
+    searcher.upsert(list(range(len(rows_P) - len(added), len(rows_P))), lifted, 256)
+    inserted = time.perf_counter()
+    (scratch / "scann").mkdir(parents=True)
+    searcher.serialize(str(scratch / "scann"), relative_path=True)
+    print(f"upsert: {inserted - start:.1f} s, written again in {time.perf_counter() - inserted:.1f} s")
+    for name, rows in queries.items():
+        lifted = space.queries(rows)
+        limits = (found.facts["reorder"], found.facts["leaves_to_search"])
+        places, _ = searcher.search_batched_parallel(lifted, k, max(limits[0], k), limits[1])
+        recall = recall_at_k(rows_P[np.asarray(places, np.int64)], truth[name][0])
+        print(f"  recall@{k} of {name} rows {recall:.4f}")
+
+
 def main() -> None:
     """Runs one experiment."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("documents", "facts"))
+    parser.add_argument("what", choices=("documents", "facts", "index"))
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--gin_file", default="gin_configs/studies/enwiki_small_cpu.gin")
     parser.add_argument("--gin", action="append", default=[])
@@ -197,7 +266,9 @@ def main() -> None:
     parser.add_argument("--entities", type=int, default=40, help="of each group of facts")
     args = parser.parse_args()
     flags = [f"--gin_file={args.gin_file}", *ALONE, *(f"--gin={binding}" for binding in args.gin)]
-    if args.what == "documents":
+    if args.what == "index":
+        index(args)
+    elif args.what == "documents":
         part = ["corpus.elsewhere = {'new': @new/part()}", "new/part.source = 'jsonl'"]
         part += [f"new/part.train_files = ['{args.held_out}']"]
         documents(args, [*flags, *(f"--gin={binding}" for binding in part)])

@@ -357,16 +357,18 @@ class ScannShard:
         return rows_Qxk, sqdist_Qxk
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, names: list[Any] | None = None) -> Any:
     """ScaNN's searcher over the files of a folder, with a thread for each core of this process.
+
+    `names`, of its positions, are what its own insertions go by (benchmarks/living.py).
 
     Not by scann's own `load_searcher`, which unpickles a file of that folder.
     """
-    names = [name for name in _ASSETS if (folder / name).is_file()]
-    assets = "".join(f'assets {{ asset_type: {_ASSETS[name]} asset_path: "{name}" }}\n' for name in names)
+    files = [name for name in _ASSETS if (folder / name).is_file()]
+    assets = "".join(f'assets {{ asset_type: {_ASSETS[name]} asset_path: "{name}" }}\n' for name in files)
     pybind = _scann("scann_ops.py.scann_ops_pybind")
     with _quiet():
-        searcher = pybind.ScannSearcher(pybind.scann_pybind.ScannNumpy(str(folder), assets))
+        searcher = pybind.ScannSearcher(pybind.scann_pybind.ScannNumpy(str(folder), assets), names)
     searcher.set_num_threads(usable_cores())
     return searcher
 

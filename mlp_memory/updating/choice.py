@@ -20,6 +20,8 @@ _SEED = 0x0BDA7E
 class Choice:
     """Blocks of consecutive rows, by why they were chosen: the first row of each, int64, ascending.
 
+    Rows are multiples of the block's length, so that a block lies in one window where states are computed.
+
     Attributes:
       added_A: cover the new rows.
       deleted_B: hold rows of documents deleted by this update.
@@ -57,9 +59,9 @@ def choose(
     """
     old_rows, rows = len(before.stream), len(now.stream)
     gone_N = before.stream.has_next(0, old_rows) & ~now.stream.has_next(0, old_rows)
-    whole = old_rows // block_rows  # a block that crosses the border begins no old one
+    whole = old_rows // block_rows  # a block that crosses the border is a new one
     deleted = _blocks_of(np.flatnonzero(gone_N), block_rows, whole)
-    added_A = np.arange(old_rows, rows, block_rows)
+    added_A = np.arange(whole * block_rows, rows if rows > old_rows else 0, block_rows)
     changed_C = np.concatenate([np.flatnonzero(gone_N), np.arange(old_rows, rows)])
     near = _near(changed_C, ChosenBlocks(np.zeros(0, np.int64), 1, before, now), index, block_rows, config)
     alive = np.ones(whole, np.bool_)
