@@ -140,6 +140,19 @@ def _update(args: argparse.Namespace) -> None:
         print(summary(update.base, update.job))
 
 
+def _verify(args: argparse.Namespace) -> None:
+    """Ends with exit code 1 where something is not as it was made."""
+    from mlp_memory.verify.verify import restore_config, verify
+
+    workdir = Directory(args.workdir)
+    if not args.gin_file:
+        restore_config(workdir, args.repair)
+    job = Job(workdir, load_config(args.gin_file, args.gin, workdir))
+    flags = [f"--gin_file={name}" for name in args.gin_file] + [f"--gin={text}" for text in args.gin]
+    if not verify(job, flags, args.repair):
+        sys.exit(1)
+
+
 def _first_missing(job: Job) -> str | None:
     """The name of the first stage to do; None where all is done."""
     wanted = (stage for stage in pipeline.STAGES if stage.wanted(job.config))
@@ -191,6 +204,7 @@ def _work(job: Job, stage: pipeline.Stage, hosts: "Hosts") -> None:
         with timed(job.workdir, stage):
             stage.work(job, job.workdir / stage.folder)
         job.workdir.write(SAVED, resolved_gin().encode())
+        artifacts.seal_text(job.workdir, SAVED)
 
 
 def _show_results(job: Job) -> None:
@@ -260,6 +274,8 @@ def _dispatch(args: argparse.Namespace) -> None:
         return _study(args)
     if args.stage == "update":
         return _update(args)
+    if args.stage == "verify":
+        return _verify(args)
     if args.stage == "plan":
         plan = _plan_retrieve if args.what == "retrieve" else _plan_training
         plan(args)

@@ -25,8 +25,23 @@ from mlp_memory.artifacts import (
     peek,
 )
 
+_METADATA = "zarr.json"
+
+
+def metadata(spec: ArraySpec) -> bytes:
+    """What an array's zarr.json holds."""
+    context = ts.Context()
+    _open_at("memory://", spec, create=True, context=context)
+    return bytes(ts.KvStore.open("memory://", context=context).result().read(_METADATA).result().value)
+
 
 def _open(directory: Directory, name: str, spec: ArraySpec, create: bool) -> ts.TensorStore:
+    return _open_at((directory / name).kvstore.spec().to_json(), spec, create)
+
+
+def _open_at(
+    kvstore: Any, spec: ArraySpec, create: bool, context: ts.Context | None = None
+) -> ts.TensorStore:
     checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     blocks = {
         "chunk_shape": [spec.block_rows, *spec.chunk_shape[1:]],
@@ -37,7 +52,7 @@ def _open(directory: Directory, name: str, spec: ArraySpec, create: bool) -> ts.
     return ts.open(
         {
             "driver": "zarr3",
-            "kvstore": (directory / name).kvstore.spec().to_json(),
+            "kvstore": kvstore,
             "store_data_equal_to_fill_value": True,
             "fill_missing_data_reads": create,
             "metadata": {
@@ -51,6 +66,7 @@ def _open(directory: Directory, name: str, spec: ArraySpec, create: bool) -> ts.
         },
         open=True,
         create=create,
+        context=context,
     ).result()
 
 
@@ -143,8 +159,13 @@ class ChunkWriter:
             self._mark_written(chunk, marks)
 
     def _mark_written(self, chunk: int, marks: dict[str, str]) -> None:
-        self.directory.write(_mark(chunk), canonical_json(marks).encode())
+        self.mark(self.directory, chunk, marks)
         self._marks[chunk] = marks
+
+    @staticmethod
+    def mark(directory: Directory, chunk: int, marks: dict[str, str]) -> None:
+        """Declares a chunk written: the checksum of each array's."""
+        directory.write(_mark(chunk), canonical_json(marks).encode())
 
     def finish(self, **facts: Any) -> Manifest:
         """Declares the artifact whole; the marks move into the manifest."""

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ SCHEMA = 1
 _BLOCK_BYTES = 1 << 19
 MANIFEST = "manifest.json"
 """The file of an artifact that says what it is, written first and last."""
+SEAL = "checksums.json"
+"""The file that says what is in a finished folder beside its arrays."""
+LOGS = ("tensorboard/",)
+"""Folders of an artifact that hold no part of its result."""
+_ON_THE_WAY = ("chunks", "steps", "units")
 
 
 class UserError(Exception):
@@ -353,14 +358,89 @@ def finish(directory: Directory, manifest: Manifest, **facts: Any) -> Manifest:
     done = dataclasses.replace(
         manifest, finished=True, facts=json.loads(canonical_json({**manifest.facts, **facts}))
     )
+    seal(directory, done)
     directory.write(MANIFEST, done.to_json().encode())
     sweep(directory)
     return done
 
 
+def seal(directory: Directory, manifest: Manifest) -> None:
+    """Writes checksums.json: the manifest once more, and what the folder's other files are (`Seal`).
+
+    Chunks of arrays are in the manifest, and artifacts within the folder have seals of their own.
+    """
+    names = directory.names()
+    within = tuple(name.removesuffix(SEAL) for name in names if name.endswith(f"/{SEAL}"))
+    outside = tuple(f"{name}/c/" for name in manifest.arrays) + tuple(f"{name}/" for name in _ON_THE_WAY)
+    others = [
+        name
+        for name in names
+        if not name.startswith((*outside, *within, *LOGS)) and name not in (MANIFEST, SEAL)
+    ]
+    directory.write(SEAL, Seal.of(directory, others, manifest.to_json()).to_json().encode())
+
+
+def seal_text(directory: Directory, name: str) -> None:
+    """Writes checksums.json of a folder that has no manifest but one text that matters."""
+    text = (directory.read(name) or b"").decode(errors="replace")
+    directory.write(SEAL, Seal.of(directory, [name], text).to_json().encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class Seal:
+    """What a finished folder holds.
+
+    Attributes:
+      files: sha256 (16 hex digits) of each file, by name.
+      manifest: its manifest's text; of a workdir its config.gin.
+    """
+
+    files: dict[str, str]
+    manifest: str
+
+    @classmethod
+    def of(cls, directory: Directory, names: Iterable[str], manifest: str) -> "Seal":
+        """Of these files as they are now."""
+        return cls({name: file_digest(directory, name) for name in names}, manifest)
+
+    def to_json(self) -> str:
+        fields = dataclasses.asdict(self)
+        return canonical_json(fields | {"digest": digest(canonical_json(fields).encode())})
+
+    @classmethod
+    def read(cls, directory: Directory) -> "Seal | None":
+        """That of a folder; None where it has none, as those made by earlier versions.
+
+        Raises:
+          ValueError: it is not as it was written.
+        """
+        data = directory.read(SEAL)
+        if data is None:
+            return None
+        fields = json.loads(data.decode())
+        if not isinstance(fields, dict) or not isinstance(fields.get("files"), dict):
+            raise ValueError("no table of files")
+        found = cls(fields["files"], fields.get("manifest"))
+        if not isinstance(found.manifest, str) or found.to_json().encode() != data:
+            raise ValueError("not as it was written")
+        return found
+
+
+def file_digest(directory: Directory, name: str) -> str | None:
+    """16 hex digits of a file's sha256; None where it is not there."""
+    if not directory.is_local:
+        data = directory.read(name)
+        return None if data is None else digest(data)
+    try:
+        with (directory.path / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except FileNotFoundError:
+        return None
+
+
 def sweep(directory: Directory) -> None:
     """Removes what a finished artifact needed while it was made and a kill may have left."""
-    for name in ("chunks", "steps", "units"):
+    for name in _ON_THE_WAY:
         if not directory.is_local or (directory.path / name).is_dir():
             (directory / name).delete()
     if directory.is_local:

@@ -111,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
                 "the best on validation if left out",
             )
     _add_update(stages)
+    _add_verify(stages)
     _add_study(stages)
     _add_plan(stages)
     return whole
@@ -149,6 +150,14 @@ def _add_update(stages: argparse._SubParsersAction) -> None:
         help="documents of the train stream, by number or as a file; may be given again",
     )
     _add_recipe(update)
+
+
+def _add_verify(stages: argparse._SubParsersAction) -> None:
+    text = "whether every file of a workdir is as it was made; --repair makes again what is not"
+    verify = stages.add_parser("verify", help=text, description=f"{text}. Exit code 1: something is not.")
+    verify.add_argument("--workdir", required=True, help="a path, gs:// or s3://")
+    verify.add_argument("--repair", action="store_true", help="make again just what is damaged")
+    _add_recipe(verify)
 
 
 def _add_study(stages: argparse._SubParsersAction) -> None:

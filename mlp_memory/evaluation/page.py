@@ -7,7 +7,7 @@ studies have left findings. The page is in no manifest, so drawing it again chan
 import json
 from typing import Any
 
-from mlp_memory.artifacts import Directory, UserError, first_line
+from mlp_memory.artifacts import Directory, UserError, first_line, peek, seal
 from mlp_memory.evaluation.report import write_report
 from mlp_memory.evaluation.sections import Findings
 from mlp_memory.training.metrics import read_metrics
@@ -42,7 +42,10 @@ def draw(workdir: Directory, results: dict[str, Any] | None) -> None:
         for stage, (folder, system) in _CURVES.items()
         if system in scored
     }
-    write_report(workdir / "reports", results, curves, findings=findings)
+    reports = workdir / "reports"
+    write_report(reports, results, curves, findings=findings)
+    if (made := peek(reports)) is not None and made.finished:
+        seal(reports, made)
 
 
 def read_results(workdir: Directory) -> dict[str, Any]:

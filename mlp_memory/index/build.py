@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from mlp_memory.artifacts import (
     UserError,
     begin,
     digest,
+    file_digest,
     finish,
     first_line,
     peek,
@@ -83,7 +83,7 @@ def build_shard(
         staged = Directory(staging)
         files = staged.names()
         manifest = begin(staged, "index_shard", made_with, parents)
-        manifest.checksums = {name: [_file_digest(staging / name)] for name in files}
+        manifest.checksums = {name: [file_digest(staged, name)] for name in files}
         facts = {
             "rows": [start, stop],
             "keys": positions,
@@ -131,7 +131,7 @@ def take_shard(directory: Directory, shard: int, source: Directory, stream: Stre
             scann_shard.keep_positions(staging, has_key_S[had_key_S])
         files = staged.names()
         manifest = begin(staged, "index_shard", there.config, parents)
-        manifest.checksums = {name: [_file_digest(staging / name)] for name in files}
+        manifest.checksums = {name: [file_digest(staged, name)] for name in files}
         facts = there.facts | {
             "keys": int(has_key_S.sum()),
             "bytes": {name: (staging / name).stat().st_size for name in files},
@@ -165,9 +165,3 @@ def _publish(staged: Directory, target: Directory, manifest: Manifest) -> None:
     for name in manifest.facts["bytes"]:
         target.write(name, (staged.path / name).read_bytes())
     finish(target, manifest)
-
-
-def _file_digest(path: Path) -> str:
-    """16 hex digits of the file's sha256, as `artifacts.digest` gives for bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -28,7 +28,7 @@ def compared(folder: Path) -> dict[str, bytes]:
     """Files that must not depend on how often the run was killed.
 
     Left out: logs for TensorBoard, seconds spent, the lock, and Orbax's own files, whose names
-    are random; parameters are compared as exported, and by checksum in the manifests.
+    are random, and their list; parameters are compared as exported, and by checksum in the manifests.
     """
     return {
         name: path.read_bytes()
@@ -36,6 +36,7 @@ def compared(folder: Path) -> dict[str, bytes]:
         if path.is_file()
         and not (name := str(path.relative_to(folder))).startswith((".lock", "times.jsonl"))
         and not {"tensorboard", "model"} & set(path.relative_to(folder).parts)
+        and not (path.name == "checksums.json" and (path.parent / "model").is_dir())
     }
 
 

@@ -1,0 +1,249 @@
+"""The checks of `verify`: one finished folder at a time, every byte of it."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from mlp_memory.arrays import ArrayReader, metadata
+from mlp_memory.artifacts import (
+    MANIFEST,
+    SEAL,
+    ArraySpec,
+    Directory,
+    Manifest,
+    Seal,
+    UserError,
+    as_dtype,
+    chunk_count,
+    chunk_key,
+    digest,
+    file_digest,
+    first_line,
+)
+
+_ZARR = "zarr.json"
+_SUM_ERROR = 2.0**-10
+"""Rounding of M probabilities in float16 moves their sum by 2^-11 at most, and by 3e-8 for each tiny one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """Something that is not as it was made.
+
+    Attributes:
+      folder: the artifact's, below the workdir; "" is the workdir itself.
+      file: below that folder.
+      what: is the matter.
+      chunk: of an array, if the file is one.
+      in_seal: whether the list of files is damaged rather than one of them.
+    """
+
+    folder: str
+    file: str
+    what: str
+    chunk: int | None = None
+    in_seal: bool = False
+
+    def __str__(self) -> str:
+        return f"{f'{self.folder}/' if self.folder else ''}{self.file}: {self.what}"
+
+
+@dataclasses.dataclass
+class Checked:
+    """What was found in one folder.
+
+    Attributes:
+      folder: below the workdir.
+      files, bytes: that were read.
+      faults: what is wrong.
+      unfinished: whether its stage has still to finish it; nothing else is then checked.
+      notes: what could not be checked, for people.
+    """
+
+    folder: str
+    files: int = 0
+    bytes: int = 0
+    faults: list[Fault] = dataclasses.field(default_factory=list)
+    unfinished: bool = False
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, file: str, what: str, chunk: int | None = None, in_seal: bool = False) -> None:
+        self.faults.append(Fault(self.folder, file, what, chunk, in_seal))
+
+
+def read_manifest(workdir: Directory, folder: str) -> tuple[Manifest | None, Seal | None]:
+    """A folder's manifest, or what its seal remembers of it, and the seal; None for what is lost."""
+    directory, seal = workdir / folder, None
+    with contextlib.suppress(ValueError, AttributeError):
+        seal = Seal.read(directory)
+    for text in ((directory.read(MANIFEST) or b"").decode(errors="replace"), seal.manifest if seal else ""):
+        try:
+            if text:
+                return Manifest.from_json(text, folder), seal
+        except UserError:
+            continue
+    return None, seal
+
+
+def check_folder(
+    workdir: Directory, folder: str, advance: Callable[[int], None] = lambda size: None
+) -> Checked:
+    """Every file of a finished artifact, and what its arrays hold.
+
+    Args:
+      workdir: whose.
+      folder: the artifact's, below it; "" checks the workdir's own files.
+      advance: told of bytes as they are read.
+    """
+    found, directory = Checked(folder), workdir / folder if folder else workdir
+    manifest = None
+    if folder:
+        manifest, _ = read_manifest(workdir, folder)
+        if manifest is not None and not manifest.finished:
+            found.unfinished = True
+            return found
+    try:
+        seal = Seal.read(directory)
+        if seal is None:
+            found.notes.append(f"{folder or 'the workdir'}: has no {SEAL} yet, only arrays are checked")
+    except (ValueError, AttributeError) as error:
+        seal = None
+        found.add(SEAL, f"is damaged ({first_line(error)})", in_seal=True)
+    for name, wanted in (seal.files if seal else {}).items():
+        now = file_digest(directory, name)
+        if now != wanted:
+            found.add(name, "is missing" if now is None else "is not as it was written")
+        _count(found, directory, name, advance)
+    if not folder:
+        return found
+    _check_manifest(found, directory, manifest, seal)
+    _count(found, directory, MANIFEST, advance)
+    if manifest is None:
+        return found
+    for name, spec in manifest.arrays.items():
+        _check_array(found, directory, manifest, name, spec, advance)
+    if not found.faults:
+        _check_contents(found, workdir, manifest)
+    return found
+
+
+def _check_manifest(
+    found: Checked, directory: Directory, manifest: Manifest | None, seal: Seal | None
+) -> None:
+    text = directory.read(MANIFEST)
+    if text is None:
+        found.add(MANIFEST, "is missing")
+    elif manifest is None:
+        found.add(MANIFEST, "cannot be read")
+    elif text != (seal.manifest if seal else manifest.to_json()).encode():
+        found.add(MANIFEST, "is not as it was written")
+
+
+def _count(found: Checked, directory: Directory, name: str, advance: Callable[[int], None]) -> None:
+    if directory.is_local and (path := directory.path / name).is_file():
+        found.files += 1
+        found.bytes += path.stat().st_size
+        advance(path.stat().st_size)
+
+
+def _check_array(
+    found: Checked,
+    directory: Directory,
+    manifest: Manifest,
+    name: str,
+    spec: ArraySpec,
+    advance: Callable[[int], None],
+) -> None:
+    """Each chunk's values against the manifest; reading checks every block's crc32c."""
+    if (directory / name).read(_ZARR) != metadata(spec):
+        found.add(f"{name}/{_ZARR}", "is not as it was written")
+        return
+    checksums, reader = manifest.checksums.get(name, []), ArrayReader(directory, name, cache_bytes=0)
+    for chunk in range(chunk_count(spec)):
+        start = chunk * spec.chunk_shape[0]
+        stop = min(start + spec.chunk_shape[0], spec.shape[0])
+        file = f"{name}/{chunk_key(spec, chunk)}"
+        try:
+            values = reader[start:stop]
+        except UserError as error:
+            gone = directory.is_local and not (directory.path / file).is_file()
+            found.add(file, "is missing" if gone else f"rows {start}..{stop - 1}: {first_line(error)}", chunk)
+            continue
+        _count(found, directory, file, advance)
+        data = np.ascontiguousarray(values).view(np.uint8).data if values.size else b""
+        if chunk >= len(checksums) or digest(data) != checksums[chunk]:
+            found.add(file, f"rows {start}..{stop - 1} are not as they were written", chunk)
+        elif (bad := _not_finite(values, spec)) is not None:
+            found.add(file, f"row {start + bad} is not finite", chunk)
+
+
+def _not_finite(values: np.ndarray, spec: ArraySpec) -> int | None:
+    """The first row with a value that is no finite number."""
+    if as_dtype(spec.dtype).kind not in "fV":
+        return None
+    bad = ~np.isfinite(values.astype(np.float32).reshape(len(values), -1)).all(axis=1)
+    return int(bad.argmax()) if bad.any() else None
+
+
+def _check_contents(found: Checked, workdir: Directory, manifest: Manifest) -> None:
+    """What an artifact's arrays must say, whatever their checksums."""
+    from mlp_memory.corpus.stream import TokenStream
+
+    try:
+        if manifest.kind == "corpus":
+            TokenStream.open(workdir / found.folder)
+        elif manifest.kind == "targets":
+            _check_targets(found, workdir, manifest)
+        elif manifest.kind == "datastore" and manifest.arrays:
+            rows = len(TokenStream.open(workdir / "corpus/train"))
+            if manifest.arrays["keys"].shape[0] != rows:
+                found.add(MANIFEST, f"{manifest.arrays['keys'].shape[0]} keys for a stream of {rows} rows")
+    except UserError as error:
+        found.add(MANIFEST, first_line(error))
+
+
+def _check_targets(found: Checked, workdir: Directory, manifest: Manifest) -> None:
+    """Probabilities that are none or do not sum to 1, or where there is no teacher; unknown tokens."""
+    from mlp_memory.corpus.stream import TokenStream
+
+    directory, stream = workdir / found.folder, TokenStream.open(workdir / "corpus/train")
+    spec = manifest.arrays["probs"]
+    every = "blocks" not in manifest.facts  # an update has teachers of chosen rows
+    if every and spec.shape[0] != len(stream):
+        found.add(MANIFEST, f"{spec.shape[0]} teachers for a stream of {len(stream)} rows")
+        return
+    names = ("token_ids", "probs", "neighbours")
+    ids, probs, neighbours = (ArrayReader(directory, name, cache_bytes=0) for name in names)
+    for chunk in range(chunk_count(spec)):
+        start = chunk * spec.chunk_shape[0]
+        stop = min(start + spec.chunk_shape[0], spec.shape[0])
+        probs_RxM, taught_R = probs[start:stop].astype(np.float64), neighbours[start:stop] > 0
+        problems = {
+            "names a token beyond the vocabulary": (ids[start:stop] >= stream.vocab_size).any(axis=1),
+            "has a negative probability": (probs_RxM < 0).any(axis=1),
+            "does not sum to 1": taught_R & (np.abs(probs_RxM.sum(axis=1) - 1) > _tolerance(spec)),
+            "has probabilities without neighbours": ~taught_R & (probs_RxM != 0).any(axis=1),
+        }
+        if every:
+            problems["has a teacher and no next token"] = taught_R & ~stream.has_next(start, stop)
+        for what, bad_R in problems.items():
+            if bad_R.any():
+                file = f"probs/{chunk_key(spec, chunk)}"
+                found.add(file, f"row {start + int(bad_R.argmax())} {what}", chunk)
+
+
+def _tolerance(spec: ArraySpec) -> float:
+    return _SUM_ERROR + 3e-8 * math.prod(spec.shape[1:])
+
+
+def folders(workdir: Directory, stage_folders: list[str]) -> list[str]:
+    """The finished artifacts below these folders, and those within them, that are there."""
+    found = []
+    for folder in stage_folders:
+        names = (workdir / folder).names()
+        marks = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2] in (MANIFEST, SEAL)}
+        found += sorted(f"{folder}/{mark}".rstrip("/") for mark in marks)
+    return found
