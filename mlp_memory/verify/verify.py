@@ -68,15 +68,10 @@ def table(job: Job, checked: Sequence[Checked]) -> str:
     """For people: a line a folder, then a line a fault."""
     rows = [("artifact", "files", "bytes", "verdict")]
     for one in checked:
-        verdict = (
-            "unfinished"
-            if one.unfinished
-            else "sound"
-            if not one.faults
-            else f"{len(one.faults)} faults"
-            if one.faults[1:]
-            else "1 fault"
-        )
+        count = len(one.faults)
+        verdict = f"{count} faults" if count > 1 else "1 fault" if count else "sound"
+        if one.unfinished and not count:
+            verdict = "unfinished"
         rows.append((one.folder or "(workdir)", f"{one.files:,}", f"{one.bytes:,}", verdict))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [
