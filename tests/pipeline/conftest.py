@@ -143,11 +143,11 @@ def recipe(shared: Path) -> Path:
     with made_once(folder) as missing:
         if missing:
             folder.mkdir()
-            _write_recipe(folder)
+            write_recipe(folder)
     return folder / "tiny.gin"
 
 
-def _write_recipe(folder: Path) -> None:
+def write_recipe(folder: Path) -> None:
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefghijklmnop"), rng.integers(2, 7))) for _ in range(120)]
     with (folder / "train.jsonl").open("w") as file:
