@@ -186,12 +186,24 @@ class Rows(Protocol):
 class ArrayReader:
     """Rows of one finished array, `reader[a:b]`, as NumPy; decoded chunks are cached.
 
+    Args:
+      directory: of the artifact.
+      name: of the array.
+      cache_bytes: of the chunks kept.
+      manifest: of the artifact; read if None.
+
     Raises:
       UserError: on a chunk that is damaged (crc32c) or gone.
     """
 
-    def __init__(self, directory: Directory, name: str, cache_bytes: int = 1 << 30):
-        manifest = peek(directory)
+    def __init__(
+        self,
+        directory: Directory,
+        name: str,
+        cache_bytes: int = 1 << 30,
+        manifest: Manifest | None = None,
+    ):
+        manifest = manifest or peek(directory)
         if manifest is None or name not in manifest.arrays:
             raise UserError(f"{directory} has no array {name!r}")
         self.spec = manifest.arrays[name]

@@ -161,7 +161,7 @@ def _check_array(
     if (directory / name).read(_ZARR) != metadata(spec):
         found.add(f"{name}/{_ZARR}", "is not as it was written")
         return
-    checksums, reader = manifest.checksums.get(name, []), ArrayReader(directory, name, cache_bytes=0)
+    checksums, reader = manifest.checksums.get(name, []), ArrayReader(directory, name, 0, manifest)
     for chunk in range(chunk_count(spec)):
         start = chunk * spec.chunk_shape[0]
         stop = min(start + spec.chunk_shape[0], spec.shape[0])

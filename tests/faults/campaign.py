@@ -213,13 +213,8 @@ def two(campaign: Campaign) -> None:
     """Two runs started together on one workdir, one started again until both are done."""
     workdir = campaign.folder / "two"
     shutil.rmtree(workdir, ignore_errors=True)
-    first = subprocess.Popen(
-        campaign.words(workdir),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen(campaign.words(workdir), env=environment(), **silent)
     refused, log = 0, ""
     while first.poll() is None:
         done = campaign.run(workdir)
