@@ -203,8 +203,7 @@ def _work(job: Job, stage: pipeline.Stage, hosts: "Hosts") -> None:
         hosts.agree()
         with timed(job.workdir, stage):
             stage.work(job, job.workdir / stage.folder)
-        job.workdir.write(SAVED, resolved_gin().encode())
-        artifacts.seal_text(job.workdir, SAVED)
+        artifacts.write_sealed(job.workdir, SAVED, resolved_gin())
 
 
 def _show_results(job: Job) -> None:

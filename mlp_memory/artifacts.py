@@ -380,10 +380,14 @@ def seal(directory: Directory, manifest: Manifest) -> None:
     directory.write(SEAL, Seal.of(directory, others, manifest.to_json()).to_json().encode())
 
 
-def seal_text(directory: Directory, name: str) -> None:
-    """Writes checksums.json of a folder that has no manifest but one text that matters."""
-    text = (directory.read(name) or b"").decode(errors="replace")
-    directory.write(SEAL, Seal.of(directory, [name], text).to_json().encode())
+def write_sealed(directory: Directory, name: str, text: str) -> None:
+    """Writes the one text that matters of a folder without a manifest, and before it its checksums.json.
+
+    A kill between the two leaves a text that its seal holds anew.
+    """
+    data = text.encode()
+    directory.write(SEAL, Seal({name: digest(data)}, text).to_json().encode())
+    directory.write(name, data)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,7 +82,7 @@ def repair_workdir(workdir: Directory) -> Repair:
     if seal is not None:
         workdir.write(SAVED, seal.manifest.encode())
         return Repair("", f"written again: {SAVED}")
-    artifacts.seal_text(workdir, SAVED)
+    artifacts.write_sealed(workdir, SAVED, (workdir.read(SAVED) or b"").decode(errors="replace"))
     return Repair("", f"written again: {SEAL}")
 
 

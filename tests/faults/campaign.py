@@ -2,25 +2,31 @@
 
     make faults ARGS="--kills=100 --seed=0"
     python tests/faults/campaign.py kills flips --folder=/tmp/faults --kills=100
+    python tests/faults/campaign.py table --folder=/tmp/faults --write=docs/reliability.md
 
 Parts, all of them if none is named:
 
-  kills     `run` is sent SIGKILL or SIGTERM at random moments of every stage, several times a run
-  flips     a random bit of each file of a finished run is flipped: `verify` names the file, and
-            `--repair`, of a few at once, gives the bytes back
-  full      the disk is full (a tmpfs of a few hundred kilobytes, then grown): one line, then the run goes on
-  readonly  the workdir is read-only (a bind mount): one line
-  two       two runs on one workdir at the same time
-  clock     time.time() jumps by days, back and forth
+  kills      `run` is sent SIGKILL or SIGTERM at random moments of every stage, several times a run
+  flips      a random bit of each file of a finished run is flipped: `verify` names the file
+  repairs    files of every artifact are flipped or cut off: `verify --repair` gives the bytes back
+  truncated  the checkpoint that a training would go on from is cut off: one line, then from the start
+  full       the disk is full (a tmpfs of a few hundred kilobytes, then grown): one line, then the run goes on
+  readonly   the workdir is read-only (a bind mount): one line
+  two        two runs on one workdir at the same time
+  clock      time.time() jumps by days, back and forth
+  lost       workers of Beam and processes of a training are killed or hang: the tests of that
+  table      nothing is run: the counts so far; --write puts them into a file, between its markers
 
-What a machine does not allow (mounts want root) is said and counted as not run. Lost workers of Beam and of a
-training by several processes are in tests/parallel/test_fleet.py and tests/multi_process.
+What has happened is in FOLDER/events.jsonl, a line an event: a campaign that was stopped goes on, and parts
+can be run one by one. What a machine does not allow (mounts want root) is counted as not run.
 """
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -35,41 +41,57 @@ import numpy as np
 REPOSITORY = Path(__file__).parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests/pipeline")]
 
-from conftest import environment, write_recipe  # noqa: E402 (the tests' own recipe)
+import conftest  # noqa: E402 (the tests' own recipe)
 from test_kill import compared  # noqa: E402
 from test_verify import faults, files_of, flip  # noqa: E402
 
-PARTS = ("kills", "flips", "full", "readonly", "two", "clock")
-# Of a run that is hurt so often in a row, the next one is left alone to its end.
-KILLS_PER_RUN = 12
+PARTS = ("kills", "flips", "repairs", "truncated", "full", "readonly", "two", "clock", "lost")
+# Of a run that is hurt so often, the last start is left alone to its end.
+KILLS_PER_RUN = 14
 _SITE = """
 import random, time
 _now, _random = time.time, random.Random(0)
 time.time = lambda: _now() + _random.choice((-86400, -1, 0, 0, 3600, 864000))
 """
+_MARKERS = ("<!-- faults: begin -->", "<!-- faults: end -->")
+_COLUMNS = {"same bytes": "same bytes", "found": "found", "one line": "one line", "passed": "same bytes"}
 
 
 class Campaign:
     """One campaign's folder, its unhurt run, and what has been counted."""
 
     def __init__(self, folder: Path, seed: int):
-        self.folder, self.rng, self.counts = folder, np.random.default_rng(seed), Counter()
+        self.folder, self.events = folder, folder / "events.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
+        self.rng = np.random.default_rng([seed, len(self.counted())])
         if not (folder / "recipe/tiny.gin").exists():
             (folder / "recipe").mkdir(exist_ok=True)
-            write_recipe(folder / "recipe")
+            conftest.write_recipe(folder / "recipe")
         self.reference = folder / "reference"
+
+    def make_reference(self) -> None:
+        """The unhurt run; goes on with one that was begun."""
         done = self.run(self.reference)
         assert done.returncode == 0, done.stderr[-2000:]
 
-    def words(self, workdir: Path) -> list[str]:
-        recipe = self.folder / "recipe/tiny.gin"
-        return [sys.executable, "-m", "mlp_memory", "run", f"--workdir={workdir}", f"--gin_file={recipe}"]
+    def environment(self) -> dict[str, str]:
+        """Of the programs: what one has compiled serves the others."""
+        return {
+            **conftest.environment(),
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+        }
 
-    def run(self, workdir: Path, **more: str) -> subprocess.CompletedProcess:
-        """To its end."""
-        env = {**environment(), **more}
-        return subprocess.run(self.words(workdir), env=env, capture_output=True, text=True)
+    def words(self, workdir: Path, *command: str) -> list[str]:
+        recipe = self.folder / "recipe/tiny.gin"
+        command = command or ("run", f"--gin_file={recipe}")
+        return [sys.executable, "-m", "mlp_memory", *command, f"--workdir={workdir}"]
+
+    def run(self, workdir: Path, *command: str, **more: str) -> subprocess.CompletedProcess:
+        """A command, `run` if none is given, to its end."""
+        env = {**self.environment(), **more}
+        return subprocess.run(self.words(workdir, *command), env=env, capture_output=True, text=True)
 
     def differing(self, workdir: Path) -> list[str]:
         """Files that are not those of the unhurt run."""
@@ -77,77 +99,159 @@ class Campaign:
         names = {*expected, *found}
         return sorted(name for name in names if expected.get(name) != found.get(name))
 
+    def counted(self) -> list[dict[str, str]]:
+        """Every event so far."""
+        if not self.events.exists():
+            return []
+        return [json.loads(line) for line in self.events.read_text().splitlines()]
+
     def count(self, fault: str, stage: str, verdict: str) -> None:
-        self.counts[fault, stage, verdict] += 1
+        event = {"fault": fault, "stage": stage, "verdict": verdict, "commit": _commit()}
+        event["date"] = datetime.date.today().isoformat()
+        with self.events.open("a") as file:
+            file.write(json.dumps(event) + "\n")
         print(f"{fault:12} {stage:10} {verdict}", flush=True)
 
-    def verdict(self, workdir: Path, log: str) -> str:
+    def verdict(self, workdir: Path, done: subprocess.CompletedProcess, log: str = "") -> str:
         """After a run that has been hurt and then left alone to its end."""
-        if "Traceback" in log:
+        if done.returncode != 0:
+            return f"FAILED: {done.returncode} {done.stderr[-300:]}"
+        if "Traceback" in log + done.stderr:
             return "FAILED: a traceback"
         return f"FAILED: {differing[:3]} differ" if (differing := self.differing(workdir)) else "same bytes"
 
 
+def _commit() -> str:
+    words = ["git", "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"]
+    return os.environ.get("COMMIT") or subprocess.run(words, capture_output=True, text=True).stdout.strip()
+
+
+def _stage(said: str) -> str:
+    """The stage that the last line of `run` about one names."""
+    lines = [line for line in said.splitlines() if line.startswith("--- ")]
+    return lines[-1].split()[1].rstrip(":") if lines else "start"
+
+
+def _one_line(done: subprocess.CompletedProcess) -> bool:
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr
+
+
+def _copy(campaign: "Campaign", name: str) -> Path:
+    """A fresh copy of the unhurt run."""
+    folder = campaign.folder / name
+    shutil.rmtree(folder, ignore_errors=True)
+    return Path(shutil.copytree(campaign.reference, folder))
+
+
 def kills(campaign: Campaign, count: int) -> None:
-    """Random kills; each is counted once its run has ended as it should, or not."""
-    number = 0
+    """Random kills, `count` with those of earlier starts; each counted once its run has ended."""
+    count -= sum(event["fault"].startswith("SIG") for event in campaign.counted())
+    seconds = {}
+    for line in (campaign.reference / "times.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        seconds[entry["stage"]] = entry["seconds"]
     while count > 0:
-        workdir, hurt = campaign.folder / f"killed-{number}", []
-        number += 1
+        workdir, log, hurt = campaign.folder / "killed", campaign.folder / "killed.log", []
         shutil.rmtree(workdir, ignore_errors=True)
-        log = campaign.folder / "killed.log"
         log.write_text("")
         while len(hurt) < min(KILLS_PER_RUN, count):
+            before = log.read_text().count("--- ")
             with log.open("a") as file:
                 process = subprocess.Popen(
-                    campaign.words(workdir), env=environment(), stdout=file, stderr=file
+                    campaign.words(workdir), env=campaign.environment(), stdout=file, stderr=file
                 )
-            # From a start that has hardly begun to a stage or two later.
-            wait = float(campaign.rng.choice([campaign.rng.uniform(0, 3), campaign.rng.uniform(3, 25)]))
+            if campaign.rng.random() < 0.15:  # while it starts
+                wait = campaign.rng.uniform(0, 3)
+            else:  # some time into this stage or one of the next
+                stages = before + campaign.rng.integers(1, 4)
+                while process.poll() is None and log.read_text().count("--- ") < stages:
+                    time.sleep(0.02)
+                wait = campaign.rng.uniform(0, 1.2) * seconds.get(_stage(log.read_text()), 1.0)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(wait)
             if process.poll() is not None:
                 break  # it was done
             sent = signal.SIGKILL if campaign.rng.random() < 0.6 else signal.SIGTERM
+            stage = _stage(log.read_text()) if log.read_text().count("--- ") > before else "start"
             process.send_signal(sent)
             process.wait()
-            said = [line for line in log.read_text().splitlines() if line.startswith("--- ")]
-            stage = said[-1].split()[1].rstrip(":") if said else "start"
             hurt.append((sent.name, stage))
-        done = campaign.run(workdir)
-        text = log.read_text() + done.stderr
-        verdict = campaign.verdict(workdir, text) if done.returncode == 0 else f"FAILED: {done.stderr[-200:]}"
+        verdict = campaign.verdict(workdir, campaign.run(workdir), log.read_text())
         for fault, stage in hurt:
             campaign.count(fault, stage, verdict)
         count -= len(hurt)
-        if verdict == "same bytes":
-            shutil.rmtree(workdir)
+        if verdict != "same bytes":
+            workdir.rename(workdir.with_name(f"killed-{time.time_ns()}"))
 
 
 def flips(campaign: Campaign) -> None:
-    """One flipped bit in every file, one file at a time; then repairs."""
-    workdir = campaign.folder / "flipped"
-    shutil.rmtree(workdir, ignore_errors=True)
-    shutil.copytree(campaign.reference, workdir)
+    """One flipped bit in every file, one file at a time."""
+    workdir = _copy(campaign, "flipped")
     for path in files_of(workdir):
         name, kept = str(path.relative_to(workdir)), path.read_bytes()
-        if not kept or name == "config.gin":
+        if not kept:
             continue
         flip(path, campaign.rng)
-        found = any(line.startswith(name) for line in faults(workdir))
-        campaign.count("flip, found", name.split("/")[0], "found" if found else f"FAILED: {name}")
+        said = faults(workdir)
+        found = bool(said) and all(line.startswith(name) for line in said)
+        verdict = "found" if found else f"FAILED: {name}: {said[:2]}"
+        campaign.count("flipped bit", path.relative_to(workdir).parts[0], verdict)
         path.write_bytes(kept)
-    for top in sorted({path.relative_to(workdir).parts[0] for path in files_of(workdir)}):
-        paths = [workdir / top] if (workdir / top).is_file() else files_of(workdir / top)
-        path = paths[int(campaign.rng.integers(len(paths)))]
-        flip(path, campaign.rng)
-        words = [sys.executable, "-m", "mlp_memory", "verify", f"--workdir={workdir}", "--repair"]
-        done = subprocess.run(words, env=environment(), capture_output=True, text=True)
-        same = done.returncode == 0 and not campaign.differing(workdir)
-        name = str(path.relative_to(workdir))
-        verdict = "same bytes" if same else f"FAILED: {name}: {done.stdout[-300:]}{done.stderr[-300:]}"
-        campaign.count("flip, repair", top, verdict)
     shutil.rmtree(workdir)
+
+
+def repairs(campaign: Campaign) -> None:
+    """A file of every artifact flipped or cut off, one artifact at a time."""
+    for top in sorted(
+        {path.relative_to(campaign.reference).parts[0] for path in files_of(campaign.reference)}
+    ):
+        workdir = _copy(campaign, "repaired")
+        paths = [workdir / top] if (workdir / top).is_file() else files_of(workdir / top)
+        paths = [path for path in paths if path.stat().st_size]
+        path = paths[int(campaign.rng.integers(len(paths)))]
+        if campaign.rng.random() < 0.7:
+            fault = "flip, repair"
+            flip(path, campaign.rng)
+        else:
+            fault = "cut, repair"
+            os.truncate(path, int(campaign.rng.integers(path.stat().st_size)))
+        done = campaign.run(workdir, "verify", "--repair")
+        verdict, name = campaign.verdict(workdir, done), str(path.relative_to(workdir))
+        if verdict == "same bytes" and (left := faults(workdir)):
+            verdict = f"FAILED: {left[0]}"
+        campaign.count(
+            fault, top, verdict if verdict == "same bytes" else f"{verdict} ({name}) {done.stdout[-300:]}"
+        )
+    shutil.rmtree(campaign.folder / "repaired", ignore_errors=True)
+
+
+def truncated(campaign: Campaign) -> None:
+    """A training stopped in its midst, the checkpoint it would go on from cut off."""
+    for stage, folder in (("pretrain", "decoder"), ("distill", "memory"), ("joint", "joint")):
+        workdir = _copy(campaign, "truncated")
+        shutil.rmtree(workdir / folder)
+        process = subprocess.Popen(
+            campaign.words(workdir, stage), env=campaign.environment(), stderr=subprocess.DEVNULL
+        )
+        steps = workdir / folder / "steps"
+        while process.poll() is None and not [p for p in steps.glob("*") if p.name.isdigit() and int(p.name)]:
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        cut = [p for p in steps.rglob("d/*") if p.is_file()] if steps.is_dir() else []
+        if not cut:
+            campaign.count("cut checkpoint", stage, "not run: the training was too fast")
+            continue
+        for path in cut:
+            os.truncate(path, path.stat().st_size // 2)
+        done = campaign.run(workdir, stage)
+        campaign.count(
+            "cut checkpoint", stage, "one line" if _one_line(done) else f"FAILED: {done.stderr[-300:]}"
+        )
+        shutil.rmtree(workdir / folder)
+        campaign.count("cut checkpoint", stage, campaign.verdict(workdir, campaign.run(workdir)))
+    shutil.rmtree(campaign.folder / "truncated", ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -165,66 +269,63 @@ def mounted(path: Path, *words: str) -> Iterator[bool]:
 def full(campaign: Campaign) -> None:
     """A disk that is full at one stage after another."""
     size = sum(path.stat().st_size for path in campaign.reference.rglob("*") if path.is_file())
-    disk = campaign.folder / "disk"
-    with mounted(disk, "-t", "tmpfs", "-o", f"size={size // 24}", "tmpfs") as allowed:
+    disk, room = campaign.folder / "disk", size // 24
+    with mounted(disk, "-t", "tmpfs", "-o", f"size={room}", "tmpfs") as allowed:
         if not allowed:
             campaign.count("full disk", "all", "not run: mounting is not allowed here")
             return
-        log, room = "", size // 24
-        for _ in range(40):
-            done = campaign.run(disk / "workdir")
-            log += done.stderr
-            if done.returncode == 0:
-                break
-            said = [line for line in done.stdout.splitlines() if line.startswith("--- ")]
-            stage = said[-1].split()[1].rstrip(":") if said else "start"
-            lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-            one_line = done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr
-            verdict = "one line" if one_line else f"FAILED: {done.returncode} {done.stderr[-400:]}"
-            campaign.count("full disk", stage, verdict)
+        while (done := campaign.run(disk / "workdir")).returncode != 0 and room < 4 * size:
+            verdict = "one line" if _one_line(done) else f"FAILED: {done.returncode} {done.stderr[-400:]}"
+            campaign.count("full disk", _stage(done.stdout), verdict)
             room += int(size * campaign.rng.uniform(0.04, 0.12))
             subprocess.run(["mount", "-o", f"remount,size={room}", str(disk)], check=True)
-        campaign.count("full disk", "to the end", campaign.verdict(disk / "workdir", ""))
+        campaign.count("full disk", "all", campaign.verdict(disk / "workdir", done))
 
 
 def readonly(campaign: Campaign) -> None:
-    """A workdir that cannot be written: unfinished, and finished."""
+    """A workdir that cannot be written: with a stage to do, and finished."""
     for name in ("begun", "finished"):
-        source = campaign.folder / f"readonly-{name}"
-        shutil.rmtree(source, ignore_errors=True)
-        shutil.copytree(campaign.reference, source)
+        source, where = _copy(campaign, f"readonly-{name}"), campaign.folder / "mount"
         if name == "begun":
             shutil.rmtree(source / "memory")
-        with mounted(campaign.folder / "mount", "--bind", str(source)) as allowed:
+        with mounted(where, "--bind", str(source)) as allowed:
             if not allowed:
                 campaign.count("read-only", name, "not run: mounting is not allowed here")
                 continue
-            where = campaign.folder / "mount"
             subprocess.run(["mount", "-o", "remount,bind,ro", str(where)], check=True)
             done = campaign.run(where)
-            lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-            told = done.returncode == 2 and len(lines) == 1
-            good = (told or (name == "finished" and done.returncode == 0)) and "Traceback" not in done.stderr
-            verdict = ("one line" if told else "nothing to do") if good else f"FAILED: {done.stderr[-300:]}"
+            verdict = "one line" if _one_line(done) else f"FAILED: {done.returncode} {done.stderr[-300:]}"
+            if name == "finished":  # it has nothing to write
+                verdict = campaign.verdict(where, done)
             campaign.count("read-only", name, verdict)
+            told = campaign.run(where, "verify")
+            sound = told.returncode == 0 and "Traceback" not in told.stderr
+            if name == "finished":
+                campaign.count(
+                    "read-only", "verify", "same bytes" if sound else f"FAILED: {told.stderr[-300:]}"
+                )
+        shutil.rmtree(source)
 
 
 def two(campaign: Campaign) -> None:
-    """Two runs started together on one workdir, one started again until both are done."""
+    """Two runs on one workdir, the second started again and again until the first is done."""
     workdir = campaign.folder / "two"
     shutil.rmtree(workdir, ignore_errors=True)
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    first = subprocess.Popen(campaign.words(workdir), env=environment(), **silent)
+    first = subprocess.Popen(campaign.words(workdir), env=campaign.environment(), **silent)
     refused, log = 0, ""
     while first.poll() is None:
         done = campaign.run(workdir)
         log += done.stderr
-        refused += "is at work in" in done.stderr
+        if "is at work in" in done.stderr:
+            refused += 1
+            campaign.count(
+                "two at once", "all", "one line" if _one_line(done) else f"FAILED: {done.stderr[-300:]}"
+            )
         time.sleep(0.5)
     log += first.stderr.read()
-    last = campaign.run(workdir)
-    verdict = campaign.verdict(workdir, log) if last.returncode == 0 else f"FAILED: {last.stderr[-300:]}"
-    campaign.count("two at once", "all", verdict if refused else f"{verdict}, never refused")
+    verdict = campaign.verdict(workdir, campaign.run(workdir), log)
+    campaign.count("two at once", "all", verdict if refused else f"FAILED: never refused, {verdict}")
 
 
 def clock(campaign: Campaign) -> None:
@@ -233,19 +334,53 @@ def clock(campaign: Campaign) -> None:
     shutil.rmtree(workdir, ignore_errors=True)
     site.mkdir(exist_ok=True)
     (site / "sitecustomize.py").write_text(_SITE)
-    path = os.pathsep.join([str(site), environment()["PYTHONPATH"]])
-    done = campaign.run(workdir, PYTHONPATH=path)
-    verdict = (
-        campaign.verdict(workdir, done.stderr) if done.returncode == 0 else f"FAILED: {done.stderr[-300:]}"
+    path = os.pathsep.join([str(site), campaign.environment()["PYTHONPATH"]])
+    campaign.count("clock jumps", "all", campaign.verdict(workdir, campaign.run(workdir, PYTHONPATH=path)))
+
+
+def lost(campaign: Campaign) -> None:
+    """Tests in which a worker or a process is lost, each counted."""
+    for stage, file in (
+        ("Beam", "tests/parallel/test_fleet.py"),
+        ("retrieve, Beam", "tests/pipeline/test_fleet.py"),
+        ("training", "tests/multi_process/test_lost_processes.py"),
+    ):
+        words = [sys.executable, "-m", "pytest", "-q", "-rA", "--no-header", "-p", "no:cacheprovider", file]
+        done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
+        for line in done.stdout.splitlines():
+            result, _, test = line.partition(" ")
+            if result in ("PASSED", "FAILED", "ERROR"):
+                name = test.split("::")[-1].split(" ")[0]
+                campaign.count("lost worker", stage, "passed" if result == "PASSED" else f"FAILED: {name}")
+
+
+def table(events: list[dict[str, str]]) -> str:
+    """Markdown: a row for each fault and stage, how often, and how it ended."""
+    counts: dict[tuple[str, str], Counter] = {}
+    for event in events:
+        column = _COLUMNS.get(event["verdict"], event["verdict"].split(":")[0])
+        counts.setdefault((event["fault"], event["stage"]), Counter())[column] += 1
+    columns = ("same bytes", "found", "one line", "FAILED", "not run")
+    lines = [f"| fault | stage | times | {' | '.join(columns)} |", "|---|---|---:|" + "---:|" * len(columns)]
+    for (fault, stage), counter in sorted(counts.items()):
+        cells = [str(counter[column] or "") for column in columns]
+        lines.append(f"| {fault} | {stage} | {counter.total()} | {' | '.join(cells)} |")
+    total = sum((counter for counter in counts.values()), Counter())
+    cells = [str(total[column] or "") for column in columns]
+    lines.append(f"| all | | {total.total()} | {' | '.join(cells)} |")
+    commits, dates = (sorted({event[name] for event in events}) for name in ("commit", "date"))
+    machine = f"{os.cpu_count()} cores, Python {platform.python_version()}"
+    return "\n".join(
+        [*lines, "", f"`make faults`, {machine}, {', '.join(dates)}, commit {', '.join(commits)}."]
     )
-    campaign.count("clock jumps", "all", verdict)
 
 
-def table(counts: Counter) -> str:
-    """Markdown: a row for each fault, stage and verdict."""
-    lines = ["| fault | stage | ended | times |", "|---|---|---|---:|"]
-    lines += [f"| {' | '.join(key)} | {count} |" for key, count in sorted(counts.items())]
-    return "\n".join(lines)
+def _write_table(text: str, path: Path) -> None:
+    before, _, rest = path.read_text().partition(_MARKERS[0])
+    _, marker, after = rest.partition(_MARKERS[1])
+    if not marker:
+        sys.exit(f"{path} lacks the markers {' and '.join(_MARKERS)}")
+    path.write_text(f"{before}{_MARKERS[0]}\n{text}\n{marker}{after}")
 
 
 def main() -> None:
@@ -253,21 +388,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join((*PARTS, "table")))
     parser.add_argument("--folder", default="runs/faults")
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=100, help="in all, those of earlier starts counted in")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", metavar="FILE", help="where the table goes besides the screen")
     args = parser.parse_args()
-    if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"no part {sorted(unknown)[0]!r}: {', '.join(PARTS)}")
+    if unknown := set(args.parts) - {*PARTS, "table"}:
+        parser.error(f"no part {sorted(unknown)[0]!r}: {', '.join((*PARTS, 'table'))}")
     campaign = Campaign(Path(args.folder).absolute(), args.seed)
-    for part in args.parts or PARTS:
+    parts = [part for part in args.parts or PARTS if part != "table"]
+    if parts:
+        campaign.make_reference()
+    for part in parts:
         work = globals()[part]
         work(campaign, args.kills) if part == "kills" else work(campaign)
-        rows = [[*key, count] for key, count in campaign.counts.items()]
-        (campaign.folder / "counts.json").write_text(json.dumps(rows, indent=1))
-    print(table(campaign.counts))
-    sys.exit(any(verdict.startswith("FAILED") for _, _, verdict in campaign.counts))
+    found = table(campaign.counted())
+    print(found)
+    if args.write:
+        _write_table(found, Path(args.write))
+    sys.exit(any(event["verdict"].startswith("FAILED") for event in campaign.counted()))
 
 
 if __name__ == "__main__":
