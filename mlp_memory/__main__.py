@@ -142,12 +142,10 @@ def _update(args: argparse.Namespace) -> None:
 
 def _verify(args: argparse.Namespace) -> None:
     """Ends with exit code 1 where something is not as it was made."""
-    from mlp_memory.verify.verify import restore_config, verify
+    from mlp_memory.verify.verify import saved_config, verify
 
     workdir = Directory(args.workdir)
-    if not args.gin_file:
-        restore_config(workdir, args.repair)
-    job = Job(workdir, load_config(args.gin_file, args.gin, workdir))
+    job = Job(workdir, load_config(args.gin_file, args.gin, workdir, saved_config(workdir)))
     flags = [f"--gin_file={name}" for name in args.gin_file] + [f"--gin={text}" for text in args.gin]
     if not verify(job, flags, args.repair):
         sys.exit(1)

@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 """The file of an artifact that says what it is, written first and last."""
 SEAL = "checksums.json"
 """The file that says what is in a finished folder beside its arrays."""
-LOGS = ("tensorboard/",)
+LOGS = ("tensorboard",)
 """Folders of an artifact that hold no part of its result."""
 _ON_THE_WAY = ("chunks", "steps", "units")
 
@@ -123,6 +123,10 @@ class Directory:
             shutil.rmtree(self.path, ignore_errors=True)
         else:
             self.kvstore.delete_range(ts.KvStore.KeyRange()).result()
+
+    def delete_file(self, name: str) -> None:
+        """Removes one file, if it is there."""
+        self.kvstore.write(name, None).result()
 
     def size(self) -> int | None:
         """Bytes on disk; None where the folder is remote."""
@@ -370,14 +374,16 @@ def seal(directory: Directory, manifest: Manifest) -> None:
     Chunks of arrays are in the manifest, and artifacts within the folder have seals of their own.
     """
     names = directory.names()
-    within = tuple(name.removesuffix(SEAL) for name in names if name.endswith(f"/{SEAL}"))
-    outside = tuple(f"{name}/c/" for name in manifest.arrays) + tuple(f"{name}/" for name in _ON_THE_WAY)
-    others = [
-        name
-        for name in names
-        if not name.startswith((*outside, *within, *LOGS)) and name not in (MANIFEST, SEAL)
-    ]
-    directory.write(SEAL, Seal.of(directory, others, manifest.to_json()).to_json().encode())
+    within = [name.removesuffix(f"/{SEAL}") for name in names if name.endswith(f"/{SEAL}")]
+    files = {name: file_digest(directory, name) for name in sealed(names, manifest, within)}
+    directory.write(SEAL, Seal(files, manifest.to_json(), within).to_json().encode())
+
+
+def sealed(names: Iterable[str], manifest: Manifest, within: Iterable[str]) -> list[str]:
+    """Those of a folder's files that its seal speaks for: no chunks, logs or files of artifacts within."""
+    others = [f"{name}/c" for name in manifest.arrays] + [*_ON_THE_WAY, *LOGS, *within]
+    outside = tuple(f"{name}/" for name in others)
+    return [name for name in names if not name.startswith(outside) and name not in (MANIFEST, SEAL)]
 
 
 def write_sealed(directory: Directory, name: str, text: str) -> None:
@@ -397,15 +403,12 @@ class Seal:
     Attributes:
       files: sha256 (16 hex digits) of each file, by name.
       manifest: its manifest's text; of a workdir its config.gin.
+      within: artifacts in folders of it, which have seals of their own.
     """
 
     files: dict[str, str]
     manifest: str
-
-    @classmethod
-    def of(cls, directory: Directory, names: Iterable[str], manifest: str) -> "Seal":
-        """Of these files as they are now."""
-        return cls({name: file_digest(directory, name) for name in names}, manifest)
+    within: list[str] = dataclasses.field(default_factory=list)
 
     def to_json(self) -> str:
         fields = dataclasses.asdict(self)
@@ -424,7 +427,7 @@ class Seal:
         fields = json.loads(data.decode())
         if not isinstance(fields, dict) or not isinstance(fields.get("files"), dict):
             raise ValueError("no table of files")
-        found = cls(fields["files"], fields.get("manifest"))
+        found = cls(fields["files"], fields.get("manifest"), fields.get("within"))
         if not isinstance(found.manifest, str) or found.to_json().encode() != data:
             raise ValueError("not as it was written")
         return found

@@ -25,8 +25,16 @@ SECTIONS = {
 gin.external_configurable(PartConfig, name=_PART, module="mlp_memory")
 
 
-def load_config(files: list[str], bindings: list[str], workdir: Directory | None) -> Config:
+def load_config(
+    files: list[str], bindings: list[str], workdir: Directory | None, text: str | None = None
+) -> Config:
     """The config of these gin files and bindings; without files, of the workdir's config.gin if there is one.
+
+    Args:
+      files: gin files.
+      bindings: NAME.PARAM=VALUE, after them.
+      workdir: whose config.gin is read where there are no files.
+      text: to be read in its place.
 
     Raises:
       UserError: a file is missing, a name unknown, a value impossible.
@@ -34,7 +42,7 @@ def load_config(files: list[str], bindings: list[str], workdir: Directory | None
     gin.clear_config()
     saved = []
     if not files and workdir is not None and (not workdir.is_local or workdir.path.is_dir()):
-        saved = [workdir.read(SAVED)]
+        saved = [workdir.read(SAVED) if text is None else text.encode()]
     for file in files:
         if not Path(file).is_file():
             raise UserError(f"--gin_file {file!r} does not exist: gin_configs/recipes holds the recipes")

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from mlp_memory import artifacts
 from mlp_memory.artifacts import Directory, UserError
@@ -64,11 +64,13 @@ def timed(workdir: Directory, stage: Stage) -> Iterator[None]:
 
 
 def seconds_by_stage(workdir: Directory) -> dict[str, float]:
-    """Seconds that each stage took, restarts added up."""
+    """Seconds that each stage took, restarts added up; a line that is damaged counts for nothing."""
     found: dict[str, float] = {}
-    for line in (workdir.read(_TIMES) or b"").decode().splitlines():
-        entry = json.loads(line)
-        found[entry["stage"]] = found.get(entry["stage"], 0.0) + entry["seconds"]
+    for line in (workdir.read(_TIMES) or b"").decode(errors="replace").splitlines():
+        with suppress(ValueError, TypeError, KeyError):
+            entry = json.loads(line)
+            stage, seconds = str(entry["stage"]), float(entry["seconds"])
+            found[stage] = found.get(stage, 0.0) + seconds
     return found
 
 

@@ -215,6 +215,28 @@ def restore(directory: Directory, manifest: Manifest, model: nnx.Module, mesh: M
     return nnx.merge(graphdef, state)
 
 
+def damaged_parameter(directory: Directory, manifest: Manifest) -> str | None:
+    """The first parameter in `directory`/model that is not what the manifest says was published.
+
+    Raises:
+      UserError: the checkpoint cannot be read.
+    """
+    where, device = (directory / "model").location, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def read() -> Any:  # whatever devices it was saved from
+        return ocp.load(
+            where,
+            jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+                ocp.metadata(where).metadata,
+            ),
+        )
+
+    found = checksums(_load(read, where))
+    expected = manifest.facts["checksums"]
+    return next((name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)), None)
+
+
 def count_parameters(model: nnx.Module) -> int:
     """Scalars in all parameters."""
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mlp_memory import artifacts
 from mlp_memory.arrays import ArrayReader, metadata
 from mlp_memory.artifacts import (
     MANIFEST,
@@ -23,8 +24,13 @@ from mlp_memory.artifacts import (
     file_digest,
     first_line,
 )
+from mlp_memory.corpus.stream import BOUNDS_NAME, KIND, TokenStream
+from mlp_memory.datastore.codec import CODEC_NAME
+from mlp_memory.targets.certificate import NAME as CERTIFICATE
 
 _ZARR = "zarr.json"
+_DIGESTS = {"certificate": CERTIFICATE, "codec": CODEC_NAME, "bounds_sha256": BOUNDS_NAME}
+"""Fact of a manifest -> the file that it is the digest of."""
 _SUM_ERROR = 2.0**-10
 """Rounding of M probabilities in float16 moves their sum by 2^-11 at most, and by 3e-8 for each tiny one."""
 
@@ -38,14 +44,16 @@ class Fault:
       file: below that folder.
       what: is the matter.
       chunk: of an array, if the file is one.
-      in_seal: whether the list of files is damaged rather than one of them.
+      within: the artifact in this one that the file is of, where all of it is gone.
+      stale: whether the artifact is sound, but made from what is there no more.
     """
 
     folder: str
     file: str
     what: str
     chunk: int | None = None
-    in_seal: bool = False
+    within: str = ""
+    stale: bool = False
 
     def __str__(self) -> str:
         return f"{f'{self.folder}/' if self.folder else ''}{self.file}: {self.what}"
@@ -70,22 +78,28 @@ class Checked:
     unfinished: bool = False
     notes: list[str] = dataclasses.field(default_factory=list)
 
-    def add(self, file: str, what: str, chunk: int | None = None, in_seal: bool = False) -> None:
-        self.faults.append(Fault(self.folder, file, what, chunk, in_seal))
+    def add(
+        self, file: str, what: str, chunk: int | None = None, within: str = "", stale: bool = False
+    ) -> None:
+        self.faults.append(Fault(self.folder, file, what, chunk, within, stale))
+
+    def count(self, size: int, advance: Callable[[int], None]) -> None:
+        """One more file, of so many bytes."""
+        self.files += 1
+        self.bytes += size
+        advance(size)
 
 
 def read_manifest(workdir: Directory, folder: str) -> tuple[Manifest | None, Seal | None]:
-    """A folder's manifest, or what its seal remembers of it, and the seal; None for what is lost."""
-    directory, seal = workdir / folder, None
+    """A folder's manifest, as its seal has it unless it is unfinished, and the seal; None where lost."""
+    directory, seal, manifest = workdir / folder, None, None
     with contextlib.suppress(ValueError, AttributeError):
         seal = Seal.read(directory)
-    for text in ((directory.read(MANIFEST) or b"").decode(errors="replace"), seal.manifest if seal else ""):
-        try:
-            if text:
-                return Manifest.from_json(text, folder), seal
-        except UserError:
-            continue
-    return None, seal
+    with contextlib.suppress(UserError):
+        manifest = artifacts.peek(directory)
+    if seal is None or (manifest is not None and not manifest.finished):
+        return manifest, seal
+    return Manifest.from_json(seal.manifest, folder), seal
 
 
 def check_folder(
@@ -99,41 +113,83 @@ def check_folder(
       advance: told of bytes as they are read.
     """
     found, directory = Checked(folder), workdir / folder if folder else workdir
-    manifest = None
-    if folder:
-        manifest, _ = read_manifest(workdir, folder)
-        if manifest is not None and not manifest.finished:
-            found.unfinished = True
-            return found
+    manifest, seal = read_manifest(workdir, folder) if folder else (None, None)
+    if manifest is not None and not manifest.finished:
+        found.unfinished = True
+        if seal is not None:  # it has been finished before
+            found.add(MANIFEST, "was taken away to be made again")
+        return found
     try:
         seal = Seal.read(directory)
-        if seal is None:
-            found.notes.append(f"{folder or 'the workdir'}: has no {SEAL} yet, only arrays are checked")
     except (ValueError, AttributeError) as error:
-        seal = None
-        found.add(SEAL, f"is damaged ({first_line(error)})", in_seal=True)
+        found.add(SEAL, f"is damaged ({first_line(error)})")
     for name, wanted in (seal.files if seal else {}).items():
-        now = file_digest(directory, name)
-        if now != wanted:
-            found.add(name, "is missing" if now is None else "is not as it was written")
-        _count(found, directory, name, advance)
+        _check_file(found, directory, name, wanted, advance)
     if not folder:
+        if seal is None and not found.faults:
+            found.notes.append(f"not covered: files of the workdir itself, which has no {SEAL}")
         return found
-    _check_manifest(found, directory, manifest, seal)
-    _count(found, directory, MANIFEST, advance)
+    _check_manifest(found, directory, manifest, seal, advance)
     if manifest is None:
         return found
+    for within in seal.within if seal else ():
+        if (directory / within).read(MANIFEST) is None and (directory / within).read(SEAL) is None:
+            found.add(f"{within}/{MANIFEST}", "is missing", within=within)
     for name, spec in manifest.arrays.items():
         _check_array(found, directory, manifest, name, spec, advance)
+    covered = set(seal.files) if seal else _check_by_manifest(found, directory, manifest, advance)
+    _note_others(found, directory, manifest, seal, covered)
     if not found.faults:
         _check_contents(found, workdir, manifest)
     return found
 
 
+def _check_by_manifest(
+    found: Checked, directory: Directory, manifest: Manifest, advance: Callable[[int], None]
+) -> set[str]:
+    """What a manifest alone says of files, where there is no seal; the files that it speaks for."""
+    digests = {name: found[0] for name, found in manifest.checksums.items() if name not in manifest.arrays}
+    for fact, name in _DIGESTS.items():
+        if fact in manifest.facts:
+            digests[name] = manifest.facts[fact]
+    for name, wanted in digests.items():
+        _check_file(found, directory, name, wanted[:16], advance)
+    covered = {*digests, *(f"{name}/{_ZARR}" for name in manifest.arrays)}
+    if "checksums" in manifest.facts:
+        from mlp_memory.training.checkpoints import damaged_parameter
+
+        try:
+            if wrong := damaged_parameter(directory, manifest):
+                found.add("model", f"parameter {wrong} is not what was published")
+        except UserError as error:
+            found.add("model", first_line(error))
+        covered |= {name for name in directory.names() if name.startswith("model/")}
+    return covered
+
+
+def _note_others(
+    found: Checked, directory: Directory, manifest: Manifest, seal: Seal | None, covered: set[str]
+) -> None:
+    """Says which files nothing is known of."""
+    names = directory.names()
+    marks = (f"/{MANIFEST}", f"/{SEAL}")
+    within = {name.rpartition("/")[0] for name in names if name.endswith(marks)}
+    others = [name for name in artifacts.sealed(names, manifest, within) if name not in covered]
+    if others:
+        why = "its stage has not written it" if seal else f"made before there was a {SEAL}"
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        found.notes.append(f"not covered: {found.folder}/{others[0]}{more}: {why}")
+
+
 def _check_manifest(
-    found: Checked, directory: Directory, manifest: Manifest | None, seal: Seal | None
+    found: Checked,
+    directory: Directory,
+    manifest: Manifest | None,
+    seal: Seal | None,
+    advance: Callable[[int], None],
 ) -> None:
     text = directory.read(MANIFEST)
+    found.count(len(text or b""), advance)
     if text is None:
         found.add(MANIFEST, "is missing")
     elif manifest is None:
@@ -142,11 +198,19 @@ def _check_manifest(
         found.add(MANIFEST, "is not as it was written")
 
 
-def _count(found: Checked, directory: Directory, name: str, advance: Callable[[int], None]) -> None:
-    if directory.is_local and (path := directory.path / name).is_file():
-        found.files += 1
-        found.bytes += path.stat().st_size
-        advance(path.stat().st_size)
+def _check_file(
+    found: Checked, directory: Directory, name: str, wanted: str, advance: Callable[[int], None]
+) -> None:
+    if directory.is_local:  # which may be too large for memory
+        path, now = directory.path / name, file_digest(directory, name)
+        size = 0 if now is None else path.stat().st_size
+    else:
+        data = directory.read(name)
+        now, size = (None, 0) if data is None else (digest(data), len(data))
+    if now != wanted:
+        found.add(name, "is missing" if now is None else "is not as it was written")
+    if now is not None:
+        found.count(size, advance)
 
 
 def _check_array(
@@ -172,7 +236,7 @@ def _check_array(
             gone = directory.is_local and not (directory.path / file).is_file()
             found.add(file, "is missing" if gone else f"rows {start}..{stop - 1}: {first_line(error)}", chunk)
             continue
-        _count(found, directory, file, advance)
+        found.count(spec.chunk_bytes(chunk), advance)
         data = np.ascontiguousarray(values).view(np.uint8).data if values.size else b""
         if chunk >= len(checksums) or digest(data) != checksums[chunk]:
             found.add(file, f"rows {start}..{stop - 1} are not as they were written", chunk)
@@ -190,26 +254,30 @@ def _not_finite(values: np.ndarray, spec: ArraySpec) -> int | None:
 
 def _check_contents(found: Checked, workdir: Directory, manifest: Manifest) -> None:
     """What an artifact's arrays must say, whatever their checksums."""
-    from mlp_memory.corpus.stream import TokenStream
-
+    if manifest.kind == KIND:
+        try:
+            stream = TokenStream.open(workdir / found.folder)
+            spec = manifest.arrays["tokens"]
+            for start in range(0, len(stream), spec.chunk_shape[0]):
+                stream.tokens[start : min(start + spec.chunk_shape[0], len(stream))]
+        except UserError as error:
+            found.add(MANIFEST, first_line(error))
+        return
+    if manifest.kind not in ("targets", "datastore"):
+        return
     try:
-        if manifest.kind == "corpus":
-            TokenStream.open(workdir / found.folder)
-        elif manifest.kind == "targets":
-            _check_targets(found, workdir, manifest)
-        elif manifest.kind == "datastore" and manifest.arrays:
-            rows = len(TokenStream.open(workdir / "corpus/train"))
-            if manifest.arrays["keys"].shape[0] != rows:
-                found.add(MANIFEST, f"{manifest.arrays['keys'].shape[0]} keys for a stream of {rows} rows")
-    except UserError as error:
-        found.add(MANIFEST, first_line(error))
+        stream = TokenStream.open(workdir / "corpus/train")
+    except UserError:
+        found.notes.append(f"{found.folder}: not compared with corpus/train, which cannot be read")
+        return
+    if manifest.kind == "targets":
+        _check_targets(found, workdir / found.folder, manifest, stream)
+    elif manifest.arrays and manifest.arrays["keys"].shape[0] != len(stream):
+        found.add(MANIFEST, f"{manifest.arrays['keys'].shape[0]} keys for a stream of {len(stream)} rows")
 
 
-def _check_targets(found: Checked, workdir: Directory, manifest: Manifest) -> None:
+def _check_targets(found: Checked, directory: Directory, manifest: Manifest, stream: TokenStream) -> None:
     """Probabilities that are none or do not sum to 1, or where there is no teacher; unknown tokens."""
-    from mlp_memory.corpus.stream import TokenStream
-
-    directory, stream = workdir / found.folder, TokenStream.open(workdir / "corpus/train")
     spec = manifest.arrays["probs"]
     every = "blocks" not in manifest.facts  # an update has teachers of chosen rows
     if every and spec.shape[0] != len(stream):

@@ -10,7 +10,8 @@ import pytest
 from mlp_memory.artifacts import Directory, Seal
 from mlp_memory.job import Job
 from mlp_memory.recipes import load_config
-from mlp_memory.verify.verify import check
+from mlp_memory.verify.repair import repair
+from mlp_memory.verify.verify import check, saved_config
 
 FLIPS = 6
 
@@ -35,8 +36,12 @@ def flip(path, rng):
 
 
 def faults(folder):
-    job = Job(Directory(folder), load_config([], [], Directory(folder)))
-    return [str(fault) for one in check(job) for fault in one.faults]
+    return [str(fault) for one in check(job_of(folder)) for fault in one.faults]
+
+
+def job_of(folder):
+    workdir = Directory(folder)
+    return Job(workdir, load_config([], [], workdir, saved_config(workdir)))
 
 
 def compared(folder):
@@ -64,15 +69,13 @@ def test_a_flipped_byte_in_any_file_is_found(workdir, rng):
     chosen = [paths[i] for i in sorted(rng.choice(len(paths), 40, replace=False))]
     for path in chosen:
         name = str(path.relative_to(workdir))
-        if name == "config.gin":
-            continue  # read before anything is checked: see below
         kept = path.read_bytes()
         if not kept:
             continue
         place = flip(path, rng)
         found = faults(workdir)
         assert found, f"byte {place} of {name}"
-        assert any(line.startswith(name) for line in found), (name, place, found)
+        assert all(line.startswith(name) for line in found), (name, place, found)
         path.write_bytes(kept)
     assert faults(workdir) == []
 
@@ -119,17 +122,22 @@ def test_a_repair_that_was_killed_is_gone_on_with(mlp_memory, workdir, rng):
     chunk = next(path for path in (workdir / "targets/probs/c").rglob("*") if path.is_file())
     kept = chunk.read_bytes()
     flip(chunk, rng)
-    job = Job(Directory(workdir), load_config([], [], Directory(workdir)))
-    from mlp_memory.verify.repair import repair
-
-    found = next(one for one in check(job) if one.folder == "targets")
-    repair(job, "targets", found.faults)  # and then the kill
+    table = workdir / "export/memory/config.json"
+    kept_table = table.read_bytes()
+    flip(table, rng)
+    job = job_of(workdir)
+    for one in check(job):
+        if one.faults:
+            repair(job, one.folder, one.faults)  # and then the kill
+    assert not table.exists()
     answer = mlp_memory("verify", f"--workdir={workdir}")
     assert answer.code == 1
-    assert "targets/manifest.json: is unfinished (made by retrieve)" in answer.out
+    for folder, stage in (("targets", "retrieve"), ("export", "export")):
+        assert f"{folder}/manifest.json: was taken away to be made again (made by {stage})" in answer.out
     answer = mlp_memory("verify", f"--workdir={workdir}", "--repair")
     assert answer.code == 0, answer.out + answer.error
     assert chunk.read_bytes() == kept
+    assert table.read_bytes() == kept_table
 
 
 def test_without_repair_nothing_is_changed_and_the_code_is_1(mlp_memory, workdir, rng):
@@ -145,8 +153,9 @@ def test_a_damaged_config_is_told_and_written_again(mlp_memory, workdir):
     kept = (workdir / "config.gin").read_bytes()
     (workdir / "config.gin").write_bytes(kept.replace(b"retrieve.k", b"retrieve.\x6a", 1) + b"}")
     answer = mlp_memory("verify", f"--workdir={workdir}")
-    assert answer.code == 2
-    assert "config.gin: is not as it was written: give --repair" in answer.error
+    assert answer.code == 1
+    assert "fault: config.gin: is not as it was written" in answer.out
+    assert answer.out.count("fault: ") == 1
     answer = mlp_memory("verify", f"--workdir={workdir}", "--repair")
     assert answer.code == 0, answer.out + answer.error
     assert (workdir / "config.gin").read_bytes() == kept
@@ -163,6 +172,11 @@ def test_another_parent_is_told(mlp_memory, workdir):
     answer = mlp_memory("verify", f"--workdir={workdir}")
     assert answer.code == 1
     assert "fault: datastore/manifest.json: was made from decoder" in answer.out
+    keys = (workdir / "datastore/keys/c/0/0").read_bytes()
+    answer = mlp_memory("verify", f"--workdir={workdir}", "--repair")
+    assert answer.code == 1
+    assert "repair: datastore: left as it is: it was made from decoder" in answer.out
+    assert (workdir / "datastore/keys/c/0/0").read_bytes() == keys
 
 
 def test_contents_are_looked_at_whatever_their_checksums(workdir):
@@ -190,3 +204,69 @@ def test_an_empty_folder_is_told(mlp_memory, tmp_path, flags):
     answer = mlp_memory("verify", f"--workdir={tmp_path}", *flags)
     assert answer.code == 2
     assert "is empty: check --workdir" in answer.error
+
+
+def test_a_shard_that_is_gone_is_missed_and_made_again(mlp_memory, workdir, small_run):
+    shutil.rmtree(workdir / "index/shard-00000")
+    assert faults(workdir) == ["index/shard-00000/manifest.json: is missing"]
+    answer = mlp_memory("verify", f"--workdir={workdir}", "--repair")
+    assert answer.code == 0, answer.out + answer.error
+    assert compared(workdir) == compared(small_run)
+
+
+def test_where_inputs_are_gone_nothing_is_taken_away(mlp_memory, workdir, rng, tmp_path):
+    """A text for the corpus; the decoder and its streams for the datastore's chunk."""
+    elsewhere = tmp_path / "gone.jsonl"
+    text = (workdir / "config.gin").read_text()
+    recipe = tmp_path / "gone.gin"
+    source = next(line for line in text.splitlines() if line.startswith("corpus.train_files")).split("'")[1]
+    recipe.write_text(text.replace(source, str(elsewhere)))
+    flip(workdir / "corpus/train/tokens/c/0", rng)
+    flip(workdir / "datastore/keys/c/0/0", rng)
+    before = compared(workdir)
+    answer = mlp_memory("verify", f"--workdir={workdir}", "--repair", f"--gin_file={recipe}")
+    assert answer.code == 1
+    told = [line for line in answer.out.splitlines() if line.startswith("repair: ")]
+    assert len(told) == 2
+    assert told[0].startswith("repair: corpus/train: left as it is: ")
+    assert str(elsewhere) in told[0]
+    assert told[1].startswith("repair: datastore: left as it is: corpus/train")
+    assert compared(workdir) == before
+
+
+def test_a_workdir_of_an_earlier_version_is_checked_as_far_as_it_says_what_it_holds(workdir, rng):
+    for seal in workdir.rglob("checksums.json"):
+        seal.unlink()
+    assert faults(workdir) == []
+    notes = [note for one in check(job_of(workdir)) for note in one.notes]
+    assert any("not covered: export/decoder/config.json and" in note for note in notes)
+    weights = max((workdir / "memory/model").rglob("*"), key=lambda path: path.stat().st_size)
+    shards = sorted((workdir / "index/shard-00000").rglob("*.npy"))
+    for path, told in (
+        (weights, "memory/model: "),
+        (shards[0], "index/shard-00000/"),
+        (workdir / "targets/certificate.json", "targets/certificate.json: is not as it was written"),
+        (workdir / "corpus/test/bounds.i64", "corpus/test/bounds.i64: is not as it was written"),
+    ):
+        kept = path.read_bytes()
+        data = bytearray(kept)
+        data[len(data) // 2] ^= 1
+        path.write_bytes(bytes(data))
+        assert any(line.startswith(told) for line in faults(workdir)), told
+        path.write_bytes(kept)
+
+
+def test_files_that_no_stage_wrote_are_named(workdir):
+    (workdir / "decoder/mine.txt").write_text("mine")
+    notes = [note for one in check(job_of(workdir)) for note in one.notes]
+    assert notes == ["not covered: decoder/mine.txt: its stage has not written it"]
+
+
+def test_a_damaged_record_of_times_costs_the_times_alone(mlp_memory, workdir):
+    record = workdir / "times.jsonl"
+    record.write_bytes(
+        record.read_bytes().replace(b'{"stage": "gate"', b'{"stbge": "gate"').replace(b"}", b"\xff", 1)
+    )
+    answer = mlp_memory("status", f"--workdir={workdir}")
+    assert answer.code == 0, answer.error
+    assert "not usable" not in answer.out
