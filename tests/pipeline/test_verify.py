@@ -59,7 +59,7 @@ def test_a_sound_run_is_said_to_be(mlp_memory, small_run):
     assert "fault" not in answer.out
     for name in ("corpus/train", "decoder", "datastore", "index/shard-00000", "targets", "memory", "reports"):
         assert name in answer.out
-    bytes_read = {line.split()[0]: line.split()[2] for line in answer.out.splitlines() if "sound" in line}
+    bytes_read = {line.split()[0]: line.split()[3] for line in answer.out.splitlines() if "sound" in line}
     assert int(bytes_read["datastore"].replace(",", "")) > 100_000
 
 
