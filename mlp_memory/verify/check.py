@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from mlp_memory.artifacts import (
     file_digest,
     first_line,
 )
+
+if TYPE_CHECKING:
+    from mlp_memory.corpus.stream import TokenStream
 
 _ZARR = "zarr.json"
 _SUM_ERROR = 2.0**-10
@@ -75,17 +79,21 @@ class Checked:
 
 
 def read_manifest(workdir: Directory, folder: str) -> tuple[Manifest | None, Seal | None]:
-    """A folder's manifest, or what its seal remembers of it, and the seal; None for what is lost."""
+    """What a folder's manifest says, or said when it was finished, and its seal; None for what is lost."""
     directory, seal = workdir / folder, None
     with contextlib.suppress(ValueError, AttributeError):
         seal = Seal.read(directory)
-    for text in ((directory.read(MANIFEST) or b"").decode(errors="replace"), seal.manifest if seal else ""):
-        try:
-            if text:
-                return Manifest.from_json(text, folder), seal
-        except UserError:
-            continue
-    return None, seal
+    now = _parsed(directory.read(MANIFEST), folder)
+    if seal is None or (now is not None and not now.finished):
+        return now, seal
+    return _parsed(seal.manifest.encode(), folder), seal
+
+
+def _parsed(data: bytes | None, folder: str) -> Manifest | None:
+    try:
+        return None if data is None else Manifest.from_json(data.decode(errors="replace"), folder)
+    except UserError:
+        return None
 
 
 def check_folder(
@@ -192,24 +200,23 @@ def _check_contents(found: Checked, workdir: Directory, manifest: Manifest) -> N
     """What an artifact's arrays must say, whatever their checksums."""
     from mlp_memory.corpus.stream import TokenStream
 
+    own = manifest.kind == "corpus"
     try:
-        if manifest.kind == "corpus":
-            TokenStream.open(workdir / found.folder)
-        elif manifest.kind == "targets":
-            _check_targets(found, workdir, manifest)
-        elif manifest.kind == "datastore" and manifest.arrays:
-            rows = len(TokenStream.open(workdir / "corpus/train"))
-            if manifest.arrays["keys"].shape[0] != rows:
-                found.add(MANIFEST, f"{manifest.arrays['keys'].shape[0]} keys for a stream of {rows} rows")
+        stream = TokenStream.open(workdir / (found.folder if own else "corpus/train"))
     except UserError as error:
-        found.add(MANIFEST, first_line(error))
+        if own:
+            found.add(MANIFEST, first_line(error))
+        return  # that folder tells of it
+    if manifest.kind == "targets":
+        _check_targets(found, workdir / found.folder, manifest, stream)
+    elif manifest.kind == "datastore" and manifest.arrays:
+        rows = manifest.arrays["keys"].shape[0]
+        if rows != len(stream):
+            found.add(MANIFEST, f"{rows} keys for a stream of {len(stream)} rows")
 
 
-def _check_targets(found: Checked, workdir: Directory, manifest: Manifest) -> None:
+def _check_targets(found: Checked, directory: Directory, manifest: Manifest, stream: "TokenStream") -> None:
     """Probabilities that are none or do not sum to 1, or where there is no teacher; unknown tokens."""
-    from mlp_memory.corpus.stream import TokenStream
-
-    directory, stream = workdir / found.folder, TokenStream.open(workdir / "corpus/train")
     spec = manifest.arrays["probs"]
     every = "blocks" not in manifest.facts  # an update has teachers of chosen rows
     if every and spec.shape[0] != len(stream):
