@@ -15,7 +15,6 @@ from mlp_memory.artifacts import Directory, canonical_json
 from mlp_memory.evaluation import plots
 from mlp_memory.evaluation.claims import measured_claims
 from mlp_memory.evaluation.experiments import claim_rows, claim_summary, experiment_sections
-from mlp_memory.evaluation.inert import inert
 from mlp_memory.evaluation.sample_cards import sample_card
 from mlp_memory.evaluation.sections import Findings
 from mlp_memory.evaluation.table import (
@@ -29,6 +28,7 @@ from mlp_memory.evaluation.table import (
     table_notes,
     table_rows,
 )
+from mlp_memory.shown import inert
 from mlp_memory.targets.certificate import certificate_lines
 from mlp_memory.targets.overlap import audit_warnings
 

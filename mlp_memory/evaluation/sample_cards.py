@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mlp_memory.evaluation.inert import inert, visible_piece
 from mlp_memory.evaluation.table import DASH, is_number
+from mlp_memory.shown import inert, one_line, share, visible_piece
 
 _COLUMNS = ("teacher", "memory", "base", "mixture")
 _CONTEXT_CHARACTERS = 500
@@ -42,13 +42,6 @@ def sample_card(sample: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def share(p: float) -> str:
-    """A probability in per cent: `<0.1%`, `4.2%`, `42%`."""
-    if p < 0.001:
-        return "<0.1%"
-    return f"{p:.1%}" if p < 0.0995 else f"{p:.0%}"
-
-
 def _change(log_prob: Mapping[str, Any]) -> str:
     """The next token's probability under base and mixture, and the difference in nats."""
     base, mixture = log_prob.get("base"), log_prob.get("mixture")
@@ -63,14 +56,10 @@ def _position(position: Mapping[str, Any]) -> dict[str, Any]:
         "row": _number(position.get("row")),
         "document": _number(position.get("document")),
         "share": share(position["weight"]),
-        "before": inert(_on_one_line(position["before"])),
+        "before": one_line(position["before"]),
         "next": visible_piece(position["next"]),
-        "after": inert(_on_one_line(position["after"])),
+        "after": one_line(position["after"]),
     }
-
-
-def _on_one_line(text: str) -> str:
-    return str(text).replace("\n", " ⏎ ")
 
 
 def _number(value: Any) -> str:

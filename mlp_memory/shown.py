@@ -1,4 +1,7 @@
-"""Text from elsewhere made safe to show: nothing in it is invisible, turns the line around or ends it."""
+"""What people are shown, on a page or in a terminal: text from elsewhere made safe, and shares.
+
+Nothing in a text that is shown is invisible, turns the line around or ends it.
+"""
 
 import unicodedata
 from typing import Any
@@ -12,7 +15,19 @@ def inert(text: Any) -> str:
     )
 
 
+def one_line(text: Any) -> str:
+    """The text, inert, with ⏎ where a line ends."""
+    return inert(str(text).replace("\n", " ⏎ "))
+
+
 def visible_piece(piece: Any) -> str:
     """A vocabulary piece in which whitespace and control characters can be seen."""
     marks = {" ": "␣", "\u2581": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
     return inert("".join(marks.get(c, c) for c in str(piece))) or "∅"
+
+
+def share(p: float) -> str:
+    """A probability in per cent: `<0.1%`, `4.2%`, `42%`."""
+    if p < 0.001:
+        return "<0.1%"
+    return f"{p:.1%}" if p < 0.0995 else f"{p:.0%}"
