@@ -1,0 +1,134 @@
+"""Traces and lists of documents as lines for a terminal; every text in them is inert."""
+
+import math
+import textwrap
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mlp_memory.shown import one_line, share, visible_piece
+from mlp_memory.tracing.documents import Listed
+
+_COLUMNS = ("teacher", "memory", "base", "mixture")
+_PIECE, _COLUMN = 14, 23
+_MARK = "▸"
+
+
+def trace_text(traced: Mapping[str, Any], width: int) -> str:
+    """What `command.trace` found, for people.
+
+    Args:
+      traced: as it goes to JSON.
+      width: of the terminal.
+    """
+    lines: list[str] = []
+    for row in traced["rows"]:
+        where = f"{traced['split']} row {row['row']:,} of {_document(row['document'], row['title'])}"
+        lines += [where, *_prediction(row, traced, width), ""]
+    for prompt in traced["prompts"]:
+        lines += [f"prompt: {one_line(prompt['prompt'])}"]
+        lines += [f"goes on: {one_line(prompt['continuation'])}", ""]
+        for number, prediction in enumerate(prompt["predictions"], 1):
+            lines += [f"token {number} of {len(prompt['predictions'])}"]
+            lines += [*_prediction(prediction, traced, width), ""]
+    return "\n".join(lines).rstrip()
+
+
+def documents_text(listed: Iterable[Listed]) -> Iterator[str]:
+    """A line for each document, one at a time, below a heading if there is any."""
+    for place, each in enumerate(listed):
+        if place == 0:
+            yield "  number    tokens  title"
+        if each.deleted:
+            yield f"{each.number:8d}         –  (deleted)"
+        else:
+            yield f"{each.number:8d}  {each.tokens:8d}  {one_line(each.title) or '(no text)'}"
+
+
+def _prediction(said: Mapping[str, Any], traced: Mapping[str, Any], width: int) -> list[str]:
+    piece = visible_piece(said["next"])
+    lines = [*_wrapped(f"… {one_line(said['context'])} [{piece}]", width, "  "), ""]
+    names = [name for name in _COLUMNS if said.get(name)]
+    lines.append("  " + "".join(_padded(name, _COLUMN) for name in names).rstrip())
+    for place in range(max(len(said[name]) for name in names)):
+        cells = (_bar(said[name][place : place + 1]) for name in names)
+        lines.append("  " + "".join(_padded(cell, _COLUMN) for cell in cells).rstrip())
+    lines += ["", *_wrapped(_probabilities(piece, said), width, "  ")]
+    if "lambda" not in said:
+        lines.append("  There is no memory yet: run distill.")
+    lines += _evidence(piece, said, traced["temperature"], width)
+    return lines
+
+
+def _probabilities(piece: str, said: Mapping[str, Any]) -> str:
+    figures = [f"{name} {share(math.exp(value))}" for name, value in said["log_prob"].items()]
+    weight = f" (λ = {said['lambda']:.3g})" if "lambda" in said else ""
+    return f"[{piece}] has {', '.join(figures)}{weight}"
+
+
+def _evidence(piece: str, said: Mapping[str, Any], tau: float, width: int) -> list[str]:
+    if not said["neighbours"]:
+        return ["", "  No training position may be its neighbour, so it rests on none."]
+    documents = [f"{_titled(each)} {share(each['share'])}" for each in said["documents"]]
+    if said["other_documents"]:
+        rest = max(1 - sum(each["share"] for each in said["documents"]), 0)
+        documents.append(f"{said['other_documents']:,} others {share(rest)}")
+    lines = [
+        "",
+        f"  {said['neighbours']:,} training positions (τ = {tau:.4g}), {share(said['support'])} of their "
+        f"weight before [{piece}]",
+        *_wrapped(f"of {', '.join(documents)}", width, "  "),
+    ]
+    if said.get("difference", 0) > _ROUNDING:
+        lines += _wrapped(
+            f"The neighbours found now give other probabilities than the targets have, by up to "
+            f"{said['difference']:.2g}.",
+            width,
+            "  ",
+        )
+    lines.append(f"  {'rank':>6} {'weight':>7} {'distance':>9}")
+    for position in said["drawn_on"]:
+        mark = _MARK if position["supports"] else " "
+        where = f"{_titled(position)} (document {position['document']}, row {position['row']:,})"
+        figures = f"{position['rank']:5d} {share(position['weight']):>7} {position['distance']:>9.4g}"
+        lines.append(f"  {mark}{figures}  {where}")
+        text = f"{one_line(position['before'])} [{visible_piece(position['next'])}] "
+        lines += _wrapped(text + one_line(position["after"]), width, " " * 10)
+    return lines
+
+
+_ROUNDING = 2e-3
+"""Larger differences of a stored probability are told: float16 and distances in other company make less."""
+
+
+def _document(number: int, title: str) -> str:
+    return f"document {number}, {one_line(title) or '(no text)'}"
+
+
+def _titled(of: Mapping[str, Any]) -> str:
+    return one_line(of["title"]) or f"document {of['document']}"
+
+
+def _bar(pairs: Sequence[Sequence[Any]]) -> str:
+    if not pairs:
+        return ""
+    piece, p = pairs[0]
+    piece = visible_piece(piece)
+    while _columns(piece) > _PIECE:
+        piece = f"{piece[:-2]}…"
+    return f"{_padded(piece, _PIECE)}{share(p):>6}"
+
+
+def _wrapped(text: str, width: int, indent: str) -> list[str]:
+    return textwrap.wrap(text, max(width, 40), initial_indent=indent, subsequent_indent=indent) or [indent]
+
+
+def _padded(text: str, columns: int) -> str:
+    return text + " " * max(columns - _columns(text), 0)
+
+
+def _columns(text: str) -> int:
+    """Places that a text takes on a terminal: two for a wide character, none for one that combines."""
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+    )
