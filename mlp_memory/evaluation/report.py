@@ -115,6 +115,7 @@ def _evaluated(results: Mapping[str, Any], split: str) -> dict[str, Any]:
         lambda_svg=_svg(plots.lambda_plot(lambda_curves)),
         certificate=[(inert(name), inert(text)) for name, text in _certificate(results)],
         differing=_differing(results),
+        traced=any(sample.get("drawn_on") for sample in results.get("differing") or []),
         samples=[sample_card(sample) for sample in results.get("samples") or []],
         costs=_costs(results),
         corpus=_facts(results.get("corpus") or {}),

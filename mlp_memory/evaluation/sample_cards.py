@@ -23,6 +23,10 @@ def sample_card(sample: Mapping[str, Any]) -> dict[str, Any]:
         "context": ("… " if cut else "") + inert(context[-_CONTEXT_CHARACTERS:]),
         "next": visible_piece(sample.get("next", "")),
         "change": _change(sample.get("log_prob") or {}),
+        "documents": [_document(each) for each in sample.get("documents") or []],
+        "others": _others(sample),
+        "support": share(sample["support"]) if is_number(sample.get("support")) else "",
+        "neighbours": _number(sample.get("neighbours")),
         "drawn_on": [_position(position) for position in sample.get("drawn_on") or []],
         "columns": [
             {
@@ -51,11 +55,29 @@ def _change(log_prob: Mapping[str, Any]) -> str:
     return f"base {before}, mixture {after}: {mixture - base:+.2f} nats"
 
 
+def _document(of: Mapping[str, Any]) -> dict[str, str]:
+    return {"title": _title(of), "document": _number(of["document"]), "share": share(of["share"])}
+
+
+def _others(sample: Mapping[str, Any]) -> str:
+    """How many documents more there are, and their share; "" where there is none."""
+    if not (count := sample.get("other_documents")):
+        return ""
+    rest = max(1 - sum(each["share"] for each in sample["documents"]), 0)
+    return f"{share(rest)} {count:,} other document{'s' * (count > 1)}"
+
+
+def _title(of: Mapping[str, Any]) -> str:
+    return one_line(of.get("title") or "(no text)")
+
+
 def _position(position: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "row": _number(position.get("row")),
         "document": _number(position.get("document")),
+        "title": _title(position) if "title" in position else "",
         "share": share(position["weight"]),
+        "supports": position.get("supports", True),
         "before": one_line(position["before"]),
         "next": visible_piece(position["next"]),
         "after": one_line(position["after"]),

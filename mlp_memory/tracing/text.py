@@ -12,6 +12,8 @@ from mlp_memory.tracing.documents import Listed
 _COLUMNS = ("teacher", "memory", "base", "mixture")
 _PIECE, _COLUMN = 14, 23
 _MARK = "▸"
+# Larger differences of a stored probability are told: float16, and distances in other company, make less.
+_ROUNDING = 2e-3
 
 
 def trace_text(traced: Mapping[str, Any], width: int) -> str:
@@ -23,8 +25,7 @@ def trace_text(traced: Mapping[str, Any], width: int) -> str:
     """
     lines: list[str] = []
     for row in traced["rows"]:
-        where = f"{traced['split']} row {row['row']:,} of {_document(row['document'], row['title'])}"
-        lines += [where, *_prediction(row, traced, width), ""]
+        lines += [f"{traced['split']}: {_named(row, width)}", *_prediction(row, traced, width), ""]
     for prompt in traced["prompts"]:
         lines += [f"prompt: {one_line(prompt['prompt'])}"]
         lines += [f"goes on: {one_line(prompt['continuation'])}", ""]
@@ -63,22 +64,21 @@ def _prediction(said: Mapping[str, Any], traced: Mapping[str, Any], width: int) 
 def _probabilities(piece: str, said: Mapping[str, Any]) -> str:
     figures = [f"{name} {share(math.exp(value))}" for name, value in said["log_prob"].items()]
     weight = f" (λ = {said['lambda']:.3g})" if "lambda" in said else ""
-    return f"[{piece}] has {', '.join(figures)}{weight}"
+    return f"[{piece}]: {', '.join(figures)}{weight}"
 
 
 def _evidence(piece: str, said: Mapping[str, Any], tau: float, width: int) -> list[str]:
     if not said["neighbours"]:
         return ["", "  No training position may be its neighbour, so it rests on none."]
-    documents = [f"{_titled(each)} {share(each['share'])}" for each in said["documents"]]
-    if said["other_documents"]:
-        rest = max(1 - sum(each["share"] for each in said["documents"]), 0)
-        documents.append(f"{said['other_documents']:,} others {share(rest)}")
     lines = [
         "",
-        f"  {said['neighbours']:,} training positions (τ = {tau:.4g}), {share(said['support'])} of their "
-        f"weight before [{piece}]",
-        *_wrapped(f"of {', '.join(documents)}", width, "  "),
+        f"  drawn on: {said['neighbours']:,} training positions (τ = {tau:.4g}), "
+        f"{share(said['support'])} of their weight goes on with [{piece}]",
+        *(f"  {share(each['share']):>7}  {_named(each, width - 11)}" for each in said["documents"]),
     ]
+    if others := said["other_documents"]:
+        rest = max(1 - sum(each["share"] for each in said["documents"]), 0)
+        lines.append(f"  {share(rest):>7}  {others:,} other document{'s' * (others > 1)}")
     if said.get("difference", 0) > _ROUNDING:
         lines += _wrapped(
             f"The neighbours found now give other probabilities than the targets have, by up to "
@@ -86,37 +86,36 @@ def _evidence(piece: str, said: Mapping[str, Any], tau: float, width: int) -> li
             width,
             "  ",
         )
-    lines.append(f"  {'rank':>6} {'weight':>7} {'distance':>9}")
+    lines += ["", f"  {'rank':>6} {'weight':>7} {'distance':>9}"]
     for position in said["drawn_on"]:
         mark = _MARK if position["supports"] else " "
-        where = f"{_titled(position)} (document {position['document']}, row {position['row']:,})"
         figures = f"{position['rank']:5d} {share(position['weight']):>7} {position['distance']:>9.4g}"
+        where = _named(position, width - 28)
         lines.append(f"  {mark}{figures}  {where}")
         text = f"{one_line(position['before'])} [{visible_piece(position['next'])}] "
         lines += _wrapped(text + one_line(position["after"]), width, " " * 10)
     return lines
 
 
-_ROUNDING = 2e-3
-"""Larger differences of a stored probability are told: float16 and distances in other company make less."""
-
-
-def _document(number: int, title: str) -> str:
-    return f"document {number}, {one_line(title) or '(no text)'}"
-
-
-def _titled(of: Mapping[str, Any]) -> str:
-    return one_line(of["title"]) or f"document {of['document']}"
+def _named(of: Mapping[str, Any], width: int) -> str:
+    """Title, document and, if it is one, row; the title cut to what fits."""
+    row = f", row {of['row']:,}" if "row" in of else ""
+    where = f" (document {of['document']}{row})"
+    return _cut(one_line(of["title"]) or "(no text)", max(width - len(where), 20)) + where
 
 
 def _bar(pairs: Sequence[Sequence[Any]]) -> str:
     if not pairs:
         return ""
     piece, p = pairs[0]
-    piece = visible_piece(piece)
-    while _columns(piece) > _PIECE:
-        piece = f"{piece[:-2]}…"
-    return f"{_padded(piece, _PIECE)}{share(p):>6}"
+    return f"{_padded(_cut(visible_piece(piece), _PIECE), _PIECE)}{share(p):>6}"
+
+
+def _cut(text: str, columns: int) -> str:
+    """The text, its end an ellipsis where it takes more places than these."""
+    while _columns(text) > columns:
+        text = f"{text.removesuffix('…')[:-1]}…"
+    return text
 
 
 def _wrapped(text: str, width: int, indent: str) -> list[str]:
