@@ -6,18 +6,22 @@ Nothing in a text that is shown is invisible, turns the line around or ends it.
 import unicodedata
 from typing import Any
 
+_AT_WORK = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
 
 def inert(text: Any) -> str:
-    """The text with controls, direction marks and lone surrogates spelled out (newline and tab stay)."""
+    """The text with what is not to be seen but works spelled out; newline and tab stay.
+
+    That is controls, direction marks, separators of lines and paragraphs, lone surrogates.
+    """
     return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else f"\\u{ord(c):04x}"
-        for c in str(text)
+        c if c in "\n\t" or unicodedata.category(c) not in _AT_WORK else f"\\u{ord(c):04x}" for c in str(text)
     )
 
 
 def one_line(text: Any) -> str:
-    """The text, inert, with ⏎ where a line ends."""
-    return inert(str(text).replace("\n", " ⏎ "))
+    """The text, inert, with ⏎ where a line ends and ⇥ for a tab."""
+    return inert(str(text).replace("\n", " ⏎ ").replace("\t", "⇥"))
 
 
 def visible_piece(piece: Any) -> str:

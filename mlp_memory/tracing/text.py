@@ -25,10 +25,11 @@ def trace_text(traced: Mapping[str, Any], width: int) -> str:
     """
     lines: list[str] = []
     for row in traced["rows"]:
-        lines += [f"{traced['split']}: {_named(row, width)}", *_prediction(row, traced, width), ""]
+        split = f"{traced['split']}: "
+        lines += [split + _named(row, width - len(split)), *_prediction(row, traced, width), ""]
     for prompt in traced["prompts"]:
-        lines += [f"prompt: {one_line(prompt['prompt'])}"]
-        lines += [f"goes on: {one_line(prompt['continuation'])}", ""]
+        lines += _wrapped(f"prompt: {one_line(prompt['prompt'])}", width)
+        lines += [*_wrapped(f"goes on: {one_line(prompt['continuation'])}", width), ""]
         for number, prediction in enumerate(prompt["predictions"], 1):
             lines += [f"token {number} of {len(prompt['predictions'])}"]
             lines += [*_prediction(prediction, traced, width), ""]
@@ -48,13 +49,13 @@ def documents_text(listed: Iterable[Listed]) -> Iterator[str]:
 
 def _prediction(said: Mapping[str, Any], traced: Mapping[str, Any], width: int) -> list[str]:
     piece = visible_piece(said["next"])
-    lines = [*_wrapped(f"… {one_line(said['context'])} [{piece}]", width, "  "), ""]
+    lines = [*_wrapped(f"… {one_line(said['context'])} [{piece}]", width), ""]
     names = [name for name in _COLUMNS if said.get(name)]
     lines.append("  " + "".join(_padded(name, _COLUMN) for name in names).rstrip())
     for place in range(max(len(said[name]) for name in names)):
         cells = (_bar(said[name][place : place + 1]) for name in names)
         lines.append("  " + "".join(_padded(cell, _COLUMN) for cell in cells).rstrip())
-    lines += ["", *_wrapped(_probabilities(piece, said), width, "  ")]
+    lines += ["", *_wrapped(_probabilities(piece, said), width)]
     if "lambda" not in said:
         lines.append("  There is no memory yet: run distill.")
     lines += _evidence(piece, said, traced["temperature"], width)
@@ -72,8 +73,11 @@ def _evidence(piece: str, said: Mapping[str, Any], tau: float, width: int) -> li
         return ["", "  No training position may be its neighbour, so it rests on none."]
     lines = [
         "",
-        f"  drawn on: {said['neighbours']:,} training positions (τ = {tau:.4g}), "
-        f"{share(said['support'])} of their weight goes on with [{piece}]",
+        *_wrapped(
+            f"drawn on: {said['neighbours']:,} training positions (τ = {tau:.4g}), "
+            f"{share(said['support'])} of their weight goes on with [{piece}]",
+            width,
+        ),
         *(f"  {share(each['share']):>7}  {_named(each, width - 11)}" for each in said["documents"]),
     ]
     if others := said["other_documents"]:
@@ -84,7 +88,6 @@ def _evidence(piece: str, said: Mapping[str, Any], tau: float, width: int) -> li
             f"The neighbours found now give other probabilities than the targets have, by up to "
             f"{said['difference']:.2g}.",
             width,
-            "  ",
         )
     lines += ["", f"  {'rank':>6} {'weight':>7} {'distance':>9}"]
     for position in said["drawn_on"]:
@@ -118,7 +121,7 @@ def _cut(text: str, columns: int) -> str:
     return text
 
 
-def _wrapped(text: str, width: int, indent: str) -> list[str]:
+def _wrapped(text: str, width: int, indent: str = "  ") -> list[str]:
     return textwrap.wrap(text, max(width, 40), initial_indent=indent, subsequent_indent=indent) or [indent]
 
 

@@ -14,7 +14,6 @@ from mlp_memory.interchange.export import export_model
 from mlp_memory.memory.config import MemoryConfig
 from mlp_memory.memory.mlp import Memory
 
-
 EVIDENCE = ("teacher", "neighbours", "support", "documents", "other_documents", "drawn_on")
 
 

@@ -60,7 +60,9 @@ def test_documents_are_listed_with_their_tokens_and_deleted_ones_without_a_word_
     ]
 
 
-@pytest.mark.parametrize(("text", "numbers"), [("is", [0, 3]), ("ecret", [3]), ("SECRET", []), ("sm\nis", [0])])
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("is", [0, 3]), ("ecret", [3]), ("SECRET", []), ("sm\nis", [0])]
+)
 def test_those_that_hold_a_text_are_found_by_number_and_never_a_deleted_one(
     vocabulary, stream_of, text, numbers
 ):
