@@ -1,10 +1,11 @@
 """The commands `trace` and `documents`."""
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ SCHEMA = 1
 def show_trace(args: argparse.Namespace, job: Job) -> None:
     """Prints what `trace` finds, and writes it as JSON where a file is named."""
     found = trace(job, args.rows, args.prompts, args.split, args.tokens, args.neighbors, args.interpolation)
-    print(trace_text(found, shutil.get_terminal_size().columns))
     if args.json is not None:
         file = Path(args.json).absolute()
         Directory(file.parent).write(file.name, canonical_json(found).encode())
+    with _while_read():
+        print(trace_text(found, shutil.get_terminal_size().columns))
 
 
 def show_documents(args: argparse.Namespace, job: Job) -> None:
@@ -43,16 +45,24 @@ def show_documents(args: argparse.Namespace, job: Job) -> None:
     if args.containing == "":
         raise UserError("--containing is empty: give a text to look for, or leave it out")
     lines = 0
-    try:
+    with _while_read():
         for line in documents_text(open_documents(job, args.split).listed(args.containing)):
-            print(line, flush=True)
             lines += 1
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(line, flush=True)
     if not lines:
         raise UserError(
             f"no document of {args.split} holds {args.containing!r}: upper and lower case count, as do spaces"
         )
+
+
+@contextlib.contextmanager
+def _while_read() -> Iterator[None]:
+    """Printing ends quietly where whoever reads, `head` say, has seen enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def open_documents(job: Job, split: str) -> Documents:
