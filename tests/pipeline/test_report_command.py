@@ -9,6 +9,7 @@ from mlp_memory.arrays import ArrayReader
 from mlp_memory.artifacts import Directory
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.decoder.windows import read, spread
+from mlp_memory.evaluation.config import EvaluateConfig
 from mlp_memory.evaluation.sections import Claim, Findings, Section
 
 FINDINGS = Findings(
@@ -84,7 +85,7 @@ def test_differing_samples_are_the_extremes_of_the_scored_rows(results, small_ru
     weight = results["test"]["details"]["base_plus_memory"]["lambda"]
     gain_N = np.log(weight * np.exp(memory_N) + (1 - weight) * np.exp(base_N)) - base_N
     effects = [sample["effect"] for sample in results["differing"]]
-    most = results["config"]["evaluate"]["traces"] // 2
+    most = EvaluateConfig().traces // 2
     assert effects == sorted(effects)
     assert all(1 <= effects.count(effect) <= most for effect in ("better", "worse"))
     better, worse = (next(s for s in results["differing"] if s["effect"] == e) for e in ("better", "worse"))
