@@ -28,8 +28,8 @@ def trace_text(traced: Mapping[str, Any], width: int) -> str:
         split = f"{traced['split']}: "
         lines += [split + _named(row, width - len(split)), *_prediction(row, traced, width), ""]
     for prompt in traced["prompts"]:
-        lines += _wrapped(f"prompt: {one_line(prompt['prompt'])}", width)
-        lines += [*_wrapped(f"goes on: {one_line(prompt['continuation'])}", width), ""]
+        lines += _wrapped(f"prompt: {one_line(prompt['prompt'])}", width, "")
+        lines += [*_wrapped(f"goes on: {one_line(prompt['continuation'])}", width, ""), ""]
         for number, prediction in enumerate(prompt["predictions"], 1):
             lines += [f"token {number} of {len(prompt['predictions'])}"]
             lines += [*_prediction(prediction, traced, width), ""]
