@@ -23,8 +23,7 @@ def sample_card(sample: Mapping[str, Any]) -> dict[str, Any]:
         "context": ("… " if cut else "") + inert(context[-_CONTEXT_CHARACTERS:]),
         "next": visible_piece(sample.get("next", "")),
         "change": _change(sample.get("log_prob") or {}),
-        "documents": [_document(each) for each in sample.get("documents") or []],
-        "others": _others(sample),
+        "documents": _documents(sample),
         "support": share(sample["support"]) if is_number(sample.get("support")) else "",
         "neighbours": _number(sample.get("neighbours")),
         "drawn_on": [_position(position) for position in sample.get("drawn_on") or []],
@@ -55,16 +54,17 @@ def _change(log_prob: Mapping[str, Any]) -> str:
     return f"base {before}, mixture {after}: {mixture - base:+.2f} nats"
 
 
-def _document(of: Mapping[str, Any]) -> dict[str, str]:
-    return {"title": _title(of), "document": _number(of["document"]), "share": share(of["share"])}
-
-
-def _others(sample: Mapping[str, Any]) -> str:
-    """How many documents more there are, and their share; "" where there is none."""
-    if not (count := sample.get("other_documents")):
-        return ""
-    rest = max(1 - sum(each["share"] for each in sample["documents"]), 0)
-    return f"{share(rest)} {count:,} other document{'s' * (count > 1)}"
+def _documents(sample: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The documents with the largest shares of the weight, the rest of them as one."""
+    named = sample.get("documents") or []
+    lines = [
+        {"share": share(each["share"]), "title": _title(each), "document": _number(each["document"])}
+        for each in named
+    ]
+    if count := sample.get("other_documents"):
+        rest = share(max(1 - sum(each["share"] for each in named), 0))
+        lines.append({"share": rest, "title": f"{count:,} other document{'s' * (count > 1)}", "document": ""})
+    return lines
 
 
 def _title(of: Mapping[str, Any]) -> str:
