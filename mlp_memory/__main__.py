@@ -302,6 +302,10 @@ def _dispatch(args: argparse.Namespace) -> None:
         _generate(args, job)
     elif args.stage == "export_serving":
         _export_serving(args, job)
+    elif args.stage in ("trace", "documents"):
+        from mlp_memory.tracing import command
+
+        (command.show_trace if args.stage == "trace" else command.show_documents)(args, job)
     else:
         importing = args.stage == "import"
         _one_stage(job, pipeline.import_stage(job, source) if importing else pipeline.find_stage(args.stage))
