@@ -28,7 +28,7 @@ for name in ("embed", "index", "retrieve", "distill"):
     job = Job(job.workdir, job.config)
 """
 
-# An update of that, with a document added and one deleted; what it trains on is what its rows are searched by.
+# An update of that: one document added, one deleted. It trains on what its rows are searched by.
 UPDATE = """
 import sys
 import numpy as np
@@ -50,7 +50,8 @@ while stage := update.next_stage():
 if config.embed.store == "none":
     job, rows = update.job, config.distill.block_rows
     old = len(update.base.stream("train"))
-    states, asked = JoinedStates(update.base.memory_inputs(), job.memory_inputs(), old), _chosen(job, update.base)
+    states = JoinedStates(update.base.memory_inputs(), job.memory_inputs(), old)
+    asked = _chosen(job, update.base)
     for start in range(0, len(asked), rows):
         first = int(asked.rows(start, start + 1)[0])
         batch = {name: np.asarray(value)[None] for name, value in states.block(first, rows).items()}
