@@ -15,6 +15,7 @@ from mlp_memory.artifacts import Directory, UserError, first_line
 from mlp_memory.flags import parser
 from mlp_memory.job import Job, is_there
 from mlp_memory.recipes import SAVED, load_config, resolved_gin
+from mlp_memory.updating.request import RECORD
 
 if TYPE_CHECKING:
     from mlp_memory.parallel.hosts import Hosts
@@ -204,7 +205,7 @@ def _work(job: Job, stage: pipeline.Stage, hosts: "Hosts") -> None:
         with timed(job.workdir, stage):
             stage.work(job, job.workdir / stage.folder)
         job.workdir.write(SAVED, resolved_gin().encode())
-        artifacts.seal_text(job.workdir, SAVED)
+        artifacts.seal_text(job.workdir, SAVED, RECORD)
 
 
 def _show_results(job: Job) -> None:

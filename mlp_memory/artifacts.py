@@ -404,10 +404,11 @@ def seal(directory: Directory, manifest: Manifest) -> None:
     directory.write(SEAL, Seal.of(directory, others, manifest.to_json()).to_json().encode())
 
 
-def seal_text(directory: Directory, name: str) -> None:
-    """Writes checksums.json of a folder that has no manifest but one text that matters."""
+def seal_text(directory: Directory, name: str, *others: str) -> None:
+    """Writes checksums.json of a folder that has no manifest but a text that matters, and `others` perhaps."""
     text = (directory.read(name) or b"").decode(errors="replace")
-    directory.write(SEAL, Seal.of(directory, [name], text).to_json().encode())
+    names = [name, *(other for other in others if directory.read(other) is not None)]
+    directory.write(SEAL, Seal.of(directory, names, text).to_json().encode())
 
 
 @dataclasses.dataclass(frozen=True)

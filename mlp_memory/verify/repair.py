@@ -10,7 +10,7 @@ from mlp_memory.arrays import ChunkWriter, metadata
 from mlp_memory.artifacts import MANIFEST, SEAL, Directory, Manifest, Seal, UserError
 from mlp_memory.job import Job
 from mlp_memory.recipes import SAVED
-from mlp_memory.updating.request import read_record
+from mlp_memory.updating.request import RECORD, read_record
 from mlp_memory.verify.check import Fault, read_manifest
 
 _ZARR = "/zarr.json"
@@ -82,7 +82,7 @@ def repair_workdir(workdir: Directory) -> Repair:
     if seal is not None:
         workdir.write(SAVED, seal.manifest.encode())
         return Repair("", f"written again: {SAVED}")
-    artifacts.seal_text(workdir, SAVED)
+    artifacts.seal_text(workdir, SAVED, RECORD)
     return Repair("", f"written again: {SEAL}")
 
 

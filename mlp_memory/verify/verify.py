@@ -39,6 +39,10 @@ def check(job: Job) -> list[Checked]:
         checked = [check_folder(workdir, "")]
         checked += [check_folder(workdir, folder, progress.advance) for folder in found]
     parents = _parents(job, checked)
+    there = {one.folder for one in checked}
+    checked[0].notes += [
+        f"{folder} is not there any more: `run` makes it again" for folder in sorted(parents - there)
+    ]
     for one in checked:
         if one.unfinished and one.folder in parents:
             one.add(artifacts.MANIFEST, UNFINISHED)
