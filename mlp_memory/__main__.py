@@ -15,6 +15,7 @@ from mlp_memory.artifacts import Directory, UserError, first_line
 from mlp_memory.flags import parser
 from mlp_memory.job import Job, is_there
 from mlp_memory.recipes import SAVED, load_config, resolved_gin
+from mlp_memory.updating.request import RECORD
 
 if TYPE_CHECKING:
     from mlp_memory.parallel.hosts import Hosts
@@ -201,15 +202,15 @@ def _work(job: Job, stage: pipeline.Stage, hosts: "Hosts") -> None:
         hosts.agree()
         with timed(job.workdir, stage):
             stage.work(job, job.workdir / stage.folder)
-        artifacts.write_sealed(job.workdir, SAVED, resolved_gin())
+        artifacts.write_sealed(job.workdir, SAVED, resolved_gin(), RECORD)
 
 
 def _show_results(job: Job) -> None:
+    from mlp_memory.evaluation.page import read_results
     from mlp_memory.evaluation.table import results_table
 
-    data = job.workdir.read("reports/results.json")
-    if data is not None:
-        print(results_table(json.loads(data)))
+    if job.workdir.read("reports/results.json") is not None:
+        print(results_table(read_results(job.workdir)))
         print(f"\nreport: {job.workdir}/reports/index.html")
 
 
@@ -299,6 +300,10 @@ def _dispatch(args: argparse.Namespace) -> None:
         _generate(args, job)
     elif args.stage == "export_serving":
         _export_serving(args, job)
+    elif args.stage in ("trace", "documents"):
+        from mlp_memory.tracing import command
+
+        (command.show_trace if args.stage == "trace" else command.show_documents)(args, job)
     else:
         importing = args.stage == "import"
         _one_stage(job, pipeline.import_stage(job, source) if importing else pipeline.find_stage(args.stage))

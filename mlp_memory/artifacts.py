@@ -174,6 +174,21 @@ class ArraySpec:
         block_rows = max(fitting, default=1)
         return spec if block_rows == whole else dataclasses.replace(spec, block_rows=block_rows)
 
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "ArraySpec":
+        """As a manifest has it.
+
+        Raises:
+          ValueError: it is no array's.
+        """
+        spec = cls(tuple(fields["shape"]), fields["dtype"], fields["chunk_rows"], fields.get("block_rows", 0))
+        numbers = (*spec.shape, spec.chunk_rows, spec.block_rows)
+        if not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in numbers) or not spec.chunk_rows:
+            raise ValueError(f"no shape: {numbers}")
+        if not spec.shape or not isinstance(spec.dtype, str) or as_dtype(spec.dtype).kind not in "biufV":
+            raise ValueError(f"no array of {spec.dtype!r}")
+        return spec
+
     @property
     def chunk_shape(self) -> tuple[int, ...]:
         return (min(self.chunk_rows, max(self.shape[0], 1)), *self.shape[1:])
@@ -227,22 +242,19 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":
         try:
-            fields = json.loads(text)
+            fields = parse_json(text)
             if fields["schema"] != SCHEMA:
                 raise UserError(
                     f"{where} has schema {fields['schema']}, this version reads {SCHEMA}: "
                     "make it again or use the version that made it"
                 )
-            arrays = {
-                name: ArraySpec(tuple(s["shape"]), s["dtype"], s["chunk_rows"], s.get("block_rows", 0))
-                for name, s in fields.pop("arrays").items()
-            }
+            arrays = {name: ArraySpec.from_json(found) for name, found in fields.pop("arrays").items()}
             manifest = cls(arrays=arrays, **fields)
             for name in ("config", "parents", "checksums", "facts"):
                 if not isinstance(getattr(manifest, name), dict):
                     raise TypeError(f"{name} is no table")
             return manifest
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{where} is damaged ({first_line(error)}): delete its folder and run the stage again"
             ) from error
@@ -251,6 +263,18 @@ class Manifest:
 def canonical_json(value: Any) -> str:
     """JSON in the one form used on disk: sorted keys, no NaN, a last newline."""
     return json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n"
+
+
+def parse_json(data: bytes | str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+      ValueError: it is none, or nested deeper than can be read.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def digest(data: bytes | memoryview) -> str:
@@ -386,13 +410,16 @@ def sealed(names: Iterable[str], manifest: Manifest, within: Iterable[str]) -> l
     return [name for name in names if not name.startswith(outside) and name not in (MANIFEST, SEAL)]
 
 
-def write_sealed(directory: Directory, name: str, text: str) -> None:
+def write_sealed(directory: Directory, name: str, text: str, *others: str) -> None:
     """Writes the one text that matters of a folder without a manifest, and before it its checksums.json.
 
-    A kill between the two leaves a text that its seal holds anew.
+    A kill between the two leaves a text that its seal holds anew. `others` are files that the
+    seal speaks for as well, where they are there.
     """
     data = text.encode()
-    directory.write(SEAL, Seal({name: digest(data)}, text).to_json().encode())
+    files = {other: file_digest(directory, other) for other in others}
+    there = {other: found for other, found in files.items() if found is not None}
+    directory.write(SEAL, Seal({name: digest(data), **there}, text).to_json().encode())
     directory.write(name, data)
 
 
@@ -424,7 +451,7 @@ class Seal:
         data = directory.read(SEAL)
         if data is None:
             return None
-        fields = json.loads(data.decode())
+        fields = parse_json(data)
         if not isinstance(fields, dict) or not isinstance(fields.get("files"), dict):
             raise ValueError("no table of files")
         found = cls(fields["files"], fields.get("manifest"), fields.get("within"))

@@ -59,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
         **{stage.name: stage.help for stage in pipeline.STAGES},
         "generate": "continue a prompt, with and without memory",
         "export_serving": "a model as StableHLO programs that run without this package",
+        "trace": "which training text stands behind rows and predictions",
+        "documents": "numbers, tokens and titles of the documents",
         "report": "the report page again, with what benchmarks and studies have found",
         "status": "each stage's state, size and time",
     }
@@ -102,7 +104,12 @@ def parser() -> argparse.ArgumentParser:
                 default="both",
                 help="both: base, then base with memory",
             )
-        if name in ("generate", "export_serving"):
+        if name == "trace":
+            _add_trace(command)
+        if name == "documents":
+            command.add_argument("--split", default="train", help="train, or another split")
+            command.add_argument("--containing", metavar="TEXT", help="only those whose text holds this")
+        if name in ("generate", "export_serving", "trace"):
             command.add_argument(
                 "--interpolation",
                 type=_interpolation,
@@ -158,6 +165,26 @@ def _add_verify(stages: argparse._SubParsersAction) -> None:
     verify.add_argument("--workdir", required=True, help="a path, gs:// or s3://")
     verify.add_argument("--repair", action="store_true", help="make again just what is damaged")
     _add_recipe(verify)
+
+
+def _add_trace(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--row", dest="rows", type=int, action="append", default=[], help="of the split; may be given again"
+    )
+    command.add_argument("--split", default="train", help="whose rows: train, test, ...")
+    command.add_argument(
+        "--prompt",
+        dest="prompts",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="text to continue by the likeliest tokens; may be given again",
+    )
+    command.add_argument("--continue", dest="tokens", type=int, default=5, metavar="N", help="for N tokens")
+    command.add_argument(
+        "--neighbors", type=int, default=8, metavar="K", help="training positions shown with their text"
+    )
+    command.add_argument("--json", metavar="FILE", help="the same as JSON")
 
 
 def _add_study(stages: argparse._SubParsersAction) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlp_memory.datastore.store import KeyStore
     from mlp_memory.decoder.score import RowReader
     from mlp_memory.decoder.transformer import Decoder
+    from mlp_memory.index.search import Index
     from mlp_memory.interchange.source import Source
     from mlp_memory.joint.gate import Gate
     from mlp_memory.memory.distill import ValidationRows
@@ -293,9 +294,15 @@ class Job:
 
         return open_keys(*self._datastore())
 
+    def index(self, keys: "KeyStore") -> "Index":
+        """The index over the datastore's keys; a shard is loaded when it is searched."""
+        from mlp_memory.index.search import open_index
+
+        train = self.stream("train")
+        return open_index(self.workdir / "index", keys, train.has_next(0, len(train)), self.mesh)
+
     def neighbors(self) -> "Neighbors":
         """kNN-LM over the datastore, as the targets were made."""
-        from mlp_memory.index.search import open_index
         from mlp_memory.targets.knn_lm import Neighbors, temperatures
 
         train, targets = self.stream("train"), self.manifest("targets").facts
@@ -304,7 +311,7 @@ class Job:
             keys=keys,
             valid_N=valid_N,
             labels_N=train.labels(0, len(train)),
-            scann=open_index(self.workdir / "index", keys, valid_N, self.mesh).search,
+            scann=self.index(keys).search,
             k=targets["k"],
             temperatures=temperatures(targets),
             mesh=self.mesh,

@@ -179,13 +179,11 @@ def _retrieve(job: Job, directory: Directory) -> None:
 
 def retrieve_inputs(location: str, config: Config) -> "Inputs":
     """What retrieve reads, opened in any process that sees the workdir."""
-    from mlp_memory.index.search import open_index
     from mlp_memory.targets.units import Inputs
 
     job = Job(Directory(location), config)
-    stream, keys = job.stream("train"), job.keys()
-    index = open_index(job.workdir / "index", keys, stream.has_next(0, len(stream)), job.mesh)
-    return Inputs(stream, keys, index)
+    keys = job.keys()
+    return Inputs(job.stream("train"), keys, job.index(keys))
 
 
 def _distill(job: Job, directory: Directory) -> None:

@@ -52,7 +52,7 @@ def load_config(
     logging.disable(logging.ERROR)
     try:
         for text in saved:
-            gin.parse_config((text or b"").decode())
+            gin.parse_config(_settings_alone((text or b"").decode(errors="replace"), f"{workdir}/{SAVED}"))
         gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
         return Config(**{name: section() for name, section in SECTIONS.items()})
     except UserError as error:
@@ -62,6 +62,20 @@ def load_config(
         raise UserError(_explain(cause)) from error
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _settings_alone(text: str, where: str) -> str:
+    """A workdir's own config, which nobody has to have read: it may set values and run nothing.
+
+    Raises:
+      UserError: it imports or includes something.
+    """
+    for number, line in enumerate(text.splitlines(), 1):
+        if re.match(r"\s*(import|include|from)\b", line):
+            raise UserError(
+                f"{where}, line {number}: {line.strip()[:60]!r} is no setting; give the recipe as --gin_file"
+            )
+    return text
 
 
 def _naming_part(error: UserError) -> str:

@@ -1,14 +1,15 @@
 """A workdir between stages: one process at a time, the time spent, what state it is in."""
 
+import contextlib
 import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import Directory, UserError
+from mlp_memory.artifacts import Directory, UserError, parse_json
 from mlp_memory.job import Job
 from mlp_memory.pipeline import STAGES, Stage
 
@@ -64,13 +65,12 @@ def timed(workdir: Directory, stage: Stage) -> Iterator[None]:
 
 
 def seconds_by_stage(workdir: Directory) -> dict[str, float]:
-    """Seconds that each stage took, restarts added up; a line that is damaged counts for nothing."""
+    """Seconds that each stage took, restarts added up; lines that cannot be read do not count."""
     found: dict[str, float] = {}
-    for line in (workdir.read(_TIMES) or b"").decode(errors="replace").splitlines():
-        with suppress(ValueError, TypeError, KeyError):
-            entry = json.loads(line)
-            stage, seconds = str(entry["stage"]), float(entry["seconds"])
-            found[stage] = found.get(stage, 0.0) + seconds
+    for line in (workdir.read(_TIMES) or b"").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            entry = parse_json(line)
+            found[entry["stage"]] = found.get(entry["stage"], 0.0) + float(entry["seconds"])
     return found
 
 

@@ -4,12 +4,11 @@ A Hugging Face folder (`Dataset.save_to_disk`) names Arrow streams in state.json
 folders of its splits in dataset_dict.json, so that the `datasets` library is not needed.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlp_memory.artifacts import UserError, first_line
+from mlp_memory.artifacts import UserError, first_line, parse_json
 
 _BATCH_ROWS = 256
 _READ_BYTES = 1 << 20
@@ -41,9 +40,10 @@ def arrow_values(path: Path, column: str) -> Iterator[tuple[int, bytes]]:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - len(_END_OF_STREAM)))
             whole = file.read() == _END_OF_STREAM
-        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+        # Not mapped: what a damaged file's offsets name outside of it must not be touched.
+        with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as stream:
             _check_column(path, stream.schema, column)
-            yield from rows.values(stream, column)
+            yield from rows.values(_validated(stream), column)
         if not whole:
             raise EOFError("no end of stream")
 
@@ -60,7 +60,7 @@ class _damage:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         import pyarrow as pa
 
-        if isinstance(error, pa.ArrowException | OSError | EOFError):
+        if isinstance(error, pa.ArrowException | OSError | EOFError | UnicodeDecodeError):
             raise UserError(
                 f"{self._path}, row {self._row + 1}: cannot be read ({first_line(error)}): "
                 "the file is cut off or damaged, fetch or make it again"
@@ -81,6 +81,13 @@ class _damage:
                     )
                 self._row += 1
                 yield self._row, data
+
+
+def _validated(batches: Any) -> Iterator[Any]:
+    """Batches whose offsets and lengths lie within their buffers: Arrow trusts them otherwise."""
+    for batch in batches:
+        batch.validate(full=True)
+        yield batch
 
 
 def _check_column(path: Path, schema: Any, column: str) -> None:
@@ -129,7 +136,7 @@ def dataset_files(folder: Path, split: str) -> list[Path]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = parse_json(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}): save the dataset again") from error
     if not isinstance(value, dict):

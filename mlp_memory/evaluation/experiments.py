@@ -6,9 +6,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mlp_memory.evaluation.inert import inert
 from mlp_memory.evaluation.plots import line_plot
 from mlp_memory.evaluation.sections import Claim, Findings, Table
+from mlp_memory.shown import inert
 
 _WORDS = {"yes": "held", "no": "not held", "unclear": "unclear"}
 

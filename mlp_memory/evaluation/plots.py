@@ -22,9 +22,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from mlp_memory.evaluation.inert import inert
 from mlp_memory.evaluation.sections import Plot, Series
 from mlp_memory.evaluation.table import SYSTEMS, format_figure, is_number, split_figures
+from mlp_memory.shown import inert
 
 MAX_POINTS = 300
 

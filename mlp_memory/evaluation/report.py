@@ -15,7 +15,6 @@ from mlp_memory.artifacts import Directory, canonical_json
 from mlp_memory.evaluation import plots
 from mlp_memory.evaluation.claims import measured_claims
 from mlp_memory.evaluation.experiments import claim_rows, claim_summary, experiment_sections
-from mlp_memory.evaluation.inert import inert
 from mlp_memory.evaluation.sample_cards import sample_card
 from mlp_memory.evaluation.sections import Findings
 from mlp_memory.evaluation.table import (
@@ -29,6 +28,7 @@ from mlp_memory.evaluation.table import (
     table_notes,
     table_rows,
 )
+from mlp_memory.shown import inert
 from mlp_memory.targets.certificate import certificate_lines
 from mlp_memory.targets.overlap import audit_warnings
 
@@ -115,6 +115,7 @@ def _evaluated(results: Mapping[str, Any], split: str) -> dict[str, Any]:
         lambda_svg=_svg(plots.lambda_plot(lambda_curves)),
         certificate=[(inert(name), inert(text)) for name, text in _certificate(results)],
         differing=_differing(results),
+        traced=any(sample.get("drawn_on") for sample in results.get("differing") or []),
         samples=[sample_card(sample) for sample in results.get("samples") or []],
         costs=_costs(results),
         corpus=_facts(results.get("corpus") or {}),

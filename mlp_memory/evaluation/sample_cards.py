@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mlp_memory.evaluation.inert import inert, visible_piece
 from mlp_memory.evaluation.table import DASH, is_number
+from mlp_memory.shown import inert, one_line, share, visible_piece
 
 _COLUMNS = ("teacher", "memory", "base", "mixture")
 _CONTEXT_CHARACTERS = 500
@@ -23,6 +23,9 @@ def sample_card(sample: Mapping[str, Any]) -> dict[str, Any]:
         "context": ("… " if cut else "") + inert(context[-_CONTEXT_CHARACTERS:]),
         "next": visible_piece(sample.get("next", "")),
         "change": _change(sample.get("log_prob") or {}),
+        "documents": _documents(sample),
+        "support": share(sample["support"]) if is_number(sample.get("support")) else "",
+        "neighbours": _number(sample.get("neighbours")),
         "drawn_on": [_position(position) for position in sample.get("drawn_on") or []],
         "columns": [
             {
@@ -42,13 +45,6 @@ def sample_card(sample: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def share(p: float) -> str:
-    """A probability in per cent: `<0.1%`, `4.2%`, `42%`."""
-    if p < 0.001:
-        return "<0.1%"
-    return f"{p:.1%}" if p < 0.0995 else f"{p:.0%}"
-
-
 def _change(log_prob: Mapping[str, Any]) -> str:
     """The next token's probability under base and mixture, and the difference in nats."""
     base, mixture = log_prob.get("base"), log_prob.get("mixture")
@@ -58,19 +54,34 @@ def _change(log_prob: Mapping[str, Any]) -> str:
     return f"base {before}, mixture {after}: {mixture - base:+.2f} nats"
 
 
+def _documents(sample: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The documents with the largest shares of the weight, the rest of them as one."""
+    named = sample.get("documents") or []
+    lines = [
+        {"share": share(each["share"]), "title": _title(each), "document": _number(each["document"])}
+        for each in named
+    ]
+    if count := sample.get("other_documents"):
+        rest = share(max(1 - sum(each["share"] for each in named), 0))
+        lines.append({"share": rest, "title": f"{count:,} other document{'s' * (count > 1)}", "document": ""})
+    return lines
+
+
+def _title(of: Mapping[str, Any]) -> str:
+    return one_line(of.get("title") or "(no text)")
+
+
 def _position(position: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "row": _number(position.get("row")),
         "document": _number(position.get("document")),
+        "title": _title(position) if "title" in position else "",
         "share": share(position["weight"]),
-        "before": inert(_on_one_line(position["before"])),
+        "supports": position.get("supports", True),
+        "before": one_line(position["before"]),
         "next": visible_piece(position["next"]),
-        "after": inert(_on_one_line(position["after"])),
+        "after": one_line(position["after"]),
     }
-
-
-def _on_one_line(text: str) -> str:
-    return str(text).replace("\n", " ⏎ ")
 
 
 def _number(value: Any) -> str:

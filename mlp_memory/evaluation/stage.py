@@ -15,10 +15,13 @@ from mlp_memory.datastore.config import EmbedConfig
 from mlp_memory.decoder.windows import read, spread
 from mlp_memory.evaluation.config import EvaluateConfig
 from mlp_memory.evaluation.evaluate import summarize
-from mlp_memory.evaluation.samples import differing_rows, sample_predictions, spread_rows
+from mlp_memory.evaluation.samples import differing_rows, spread_rows
 from mlp_memory.evaluation.score import Systems, arrays_of, score_split
 from mlp_memory.targets.interpolation import mixture_rows
 from mlp_memory.targets.knn_lm import temperatures
+from mlp_memory.tracing.documents import Documents
+from mlp_memory.tracing.evidence import Evidence
+from mlp_memory.tracing.predictions import rows_predictions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,21 +127,23 @@ def _samples(
 ) -> dict[str, list[dict[str, Any]]]:
     """ "samples", spread over the test split, and "differing", where the memory changed most."""
     config = inputs.config
-    if not config.samples:
+    if not config.samples and not config.traces:
         return {"samples": [], "differing": []}
     systems, stream = inputs.systems(), inputs.streams["test"]
-    details = results["test"]["details"]
-    weight = details["base_plus_memory"]["lambda"]
-    tau = details["knn_lm_exact"]["tau"] if systems.neighbors else None
+    weight = results["test"]["details"]["base_plus_memory"]["lambda"]
     ranges = spread(len(stream), config.max_rows)
     has_next = read(stream.has_next, ranges)
     rows_N = read(np.arange, ranges)[has_next]
     documents_N = read(stream.document_ids, ranges)[has_next]
     gain_N = -mixture_rows(scored["base"], scored["base_memory"], weight) - scored["base"]
-    chosen = differing_rows(gain_N, rows_N, documents_N, -(-config.samples // 2))
+    chosen = differing_rows(gain_N, rows_N, documents_N, -(-config.traces // 2))
     rows = np.concatenate([spread_rows(stream, config.samples), *chosen.values()])
-    predictor = systems.predictor(weight, inputs.embed)
-    found = sample_predictions(stream, rows, predictor, systems, tau, inputs.vocabulary, inputs.train)
+    predictor, evidence = systems.predictor(weight, inputs.embed), None
+    if (neighbors := systems.neighbors) is not None:
+        documents = Documents(inputs.train, inputs.vocabulary)
+        k, tau = inputs.targets["k"], inputs.targets["temperature"]
+        evidence = Evidence(documents, neighbors.keys, neighbors.scann, k, tau)
+    found = rows_predictions(stream, rows, predictor, inputs.vocabulary, evidence)
     effects = [kind for kind, rows in chosen.items() for _ in rows]
     differing = [{"effect": kind, **sample} for kind, sample in zip(effects, found[config.samples :])]
     return {"samples": found[: config.samples], "differing": differing}

@@ -80,6 +80,22 @@ def knn_distribution(
     )
 
 
+def neighbour_weights(rows_Qxk: np.ndarray, sqdist_Qxk: np.ndarray, tau: float) -> np.ndarray:
+    """Each neighbour's share of the distribution, exp(−d/τ) / Σ exp(−d/τ).
+
+    Args:
+      rows_Qxk: int64, -1 where there is no neighbour.
+      sqdist_Qxk: float32 squared distances.
+      tau: temperature.
+
+    Returns:
+      float64 [Q, k], sum 1 over k; 0 where there is no neighbour.
+    """
+    excess_Qxk, _ = _excess(np.where(rows_Qxk >= 0, sqdist_Qxk, np.inf))
+    weights_Qxk = np.exp(excess_Qxk / np.float32(-tau)).astype(np.float64)
+    return weights_Qxk / np.maximum(weights_Qxk.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+
+
 def knn_log_prob(
     rows_Qxk: np.ndarray,
     sqdist_Qxk: np.ndarray,

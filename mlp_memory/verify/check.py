@@ -91,15 +91,21 @@ class Checked:
 
 
 def read_manifest(workdir: Directory, folder: str) -> tuple[Manifest | None, Seal | None]:
-    """A folder's manifest, as its seal has it unless it is unfinished, and the seal; None where lost."""
-    directory, seal, manifest = workdir / folder, None, None
+    """What a folder's manifest says, or said when it was finished, and its seal; None for what is lost."""
+    directory, seal = workdir / folder, None
     with contextlib.suppress(ValueError, AttributeError):
         seal = Seal.read(directory)
-    with contextlib.suppress(UserError):
-        manifest = artifacts.peek(directory)
-    if seal is None or (manifest is not None and not manifest.finished):
-        return manifest, seal
-    return Manifest.from_json(seal.manifest, folder), seal
+    now = _parsed(directory.read(MANIFEST), folder)
+    if seal is None or (now is not None and not now.finished):
+        return now, seal
+    return _parsed(seal.manifest.encode(), folder), seal
+
+
+def _parsed(data: bytes | None, folder: str) -> Manifest | None:
+    try:
+        return None if data is None else Manifest.from_json(data.decode(errors="replace"), folder)
+    except UserError:
+        return None
 
 
 def check_folder(

@@ -15,7 +15,7 @@ from mlp_memory.artifacts import MANIFEST, SEAL, Directory, Manifest, Seal, User
 from mlp_memory.job import Job
 from mlp_memory.recipes import SAVED
 from mlp_memory.targets.certificate import NAME as CERTIFICATE
-from mlp_memory.updating.request import read_record
+from mlp_memory.updating.request import RECORD, read_record
 from mlp_memory.verify.check import Fault, read_manifest
 
 _ZARR = "/zarr.json"
@@ -106,7 +106,7 @@ def repair_workdir(workdir: Directory) -> Repair:
     if seal is not None:
         workdir.write(SAVED, seal.manifest.encode())
         return Repair("", f"written again: {SAVED}")
-    artifacts.write_sealed(workdir, SAVED, (workdir.read(SAVED) or b"").decode(errors="replace"))
+    artifacts.write_sealed(workdir, SAVED, (workdir.read(SAVED) or b"").decode(errors="replace"), RECORD)
     return Repair("", f"written again: {SEAL}")
 
 

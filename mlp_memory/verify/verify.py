@@ -13,10 +13,7 @@ from mlp_memory.verify.repair import Repair, repair, run_stage, stage_of
 from mlp_memory.workdir import exclusive
 
 UNFINISHED = "is unfinished"
-LEFT_OUT = (
-    "not checked: tensorboard/ (logs), times.jsonl (seconds), update.json (read by update), "
-    "studies/ (workdirs of their own)"
-)
+LEFT_OUT = "not checked: tensorboard/ (logs), times.jsonl (seconds), studies/ (workdirs of their own)"
 
 
 def saved_config(workdir: Directory) -> str | None:
@@ -37,6 +34,10 @@ def check(job: Job) -> list[Checked]:
         checked = [check_folder(workdir, "")]
         checked += [check_folder(workdir, folder, progress.advance) for folder in found]
     parents = _parents(job, checked)
+    there = {one.folder for one in checked}
+    checked[0].notes += [
+        f"{folder} is not there any more: `run` makes it again" for folder in sorted(parents - there)
+    ]
     for one in checked:
         if one.unfinished and not one.faults:
             if one.folder in parents:

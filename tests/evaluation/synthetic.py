@@ -167,9 +167,16 @@ def with_differing(results: dict[str, Any], text: Callable[[], str]) -> dict[str
                 "next": text(),
                 "log_prob": {"base": -5.0 + 4 * number, "memory": -1.0, "mixture": -1.5 - number},
                 **{name: bars for name in ("base", "memory", "teacher", "mixture")},
+                "neighbours": 256,
+                "support": 0.43,
+                "documents": [
+                    {"document": 345 + n, "title": text(), "share": share}
+                    for n, share in enumerate((0.72, 0.11, 0.0001))
+                ],
+                "other_documents": 31,
                 "drawn_on": [
-                    {"row": 90_001, "document": 345, "weight": weight}
-                    | {part: text() for part in ("before", "next", "after")}
+                    {"row": 90_001, "document": 345, "weight": weight, "supports": weight < 0.1}
+                    | {part: text() for part in ("title", "before", "next", "after")}
                     for weight in (0.61, 0.07, 0.0001)
                 ],
             }

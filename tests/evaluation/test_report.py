@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from mlp_memory.artifacts import Directory, UserError
-from mlp_memory.evaluation.inert import visible_piece
 from mlp_memory.evaluation.plots import MAX_POINTS, lambda_plot, stage_plot, thin
 from mlp_memory.evaluation.report import headline, report_html, write_report
 from mlp_memory.evaluation.table import (
@@ -26,6 +25,7 @@ from mlp_memory.evaluation.table import (
     markdown_table,
     results_table,
 )
+from mlp_memory.shown import visible_piece
 from mlp_memory.targets.certificate import certify_search, complete
 from mlp_memory.targets.config import RetrieveConfig
 

@@ -74,7 +74,13 @@ def test_the_report_renders_without_errors_and_fits(sights, name: str, size: str
         assert 0 <= left < right <= sight.width
         assert width > 200
         assert height > 60
-    for text in ("What the paper claims", "not held", "Where the memory helped most", "61%"):
+    for text in (
+        "What the paper claims",
+        "not held",
+        "Where the memory helped most",
+        "61%",
+        "17% 31 other documents",
+    ):
         assert text in sight.text
 
 

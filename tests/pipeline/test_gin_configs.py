@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mlp_memory.artifacts import Directory
+from mlp_memory.artifacts import Directory, UserError
 from mlp_memory.dry_run import resolved_shapes, shapes_table
 from mlp_memory.parallel.chips import find_topology
 from mlp_memory.recipes import load_config
@@ -123,3 +123,14 @@ def test_the_memory_of_the_large_recipe_has_ten_billion_parameters():
     assert memory.matmul_parameters() == pytest.approx(10e9, rel=0.05)
     rows = config.distill.steps * config.distill.batch_size * config.distill.block_rows
     assert rows == pytest.approx(5 * 5e9, rel=0.001)
+
+
+@pytest.mark.parametrize("line", ["import os", "  from os import path", "include 'other.gin'"])
+def test_a_workdirs_own_config_sets_values_and_runs_nothing(line, tmp_path):
+    """Nobody has to have read it before it is used; a recipe that is given by name may include others."""
+    saved = "decoder.layers = 3\n"
+    (tmp_path / "config.gin").write_text(saved)
+    assert load_config([], [], Directory(tmp_path)).decoder.layers == 3
+    (tmp_path / "config.gin").write_text(f"{saved}{line}\n")
+    with pytest.raises(UserError, match=r"config\.gin, line 2: .* is no setting"):
+        load_config([], [], Directory(tmp_path))

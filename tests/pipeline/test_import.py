@@ -14,6 +14,8 @@ from mlp_memory.interchange.export import export_model
 from mlp_memory.memory.config import MemoryConfig
 from mlp_memory.memory.mlp import Memory
 
+EVIDENCE = ("teacher", "neighbours", "support", "documents", "other_documents", "drawn_on")
+
 
 @pytest.fixture(scope="module")
 def exported(small_run: Path) -> Path:
@@ -113,7 +115,7 @@ def test_a_decoder_and_its_memory_are_evaluated_as_they_were_where_they_were_mad
     for part in ("samples", "differing"):
         assert len(found[part]) == len(wanted[part]) > 0
         for ours, theirs in zip(found[part], wanted[part]):
-            assert ours == {name: theirs[name] for name in theirs if name not in ("teacher", "drawn_on")}
+            assert ours == {name: theirs[name] for name in theirs if name not in EVIDENCE}
 
 
 def test_the_report_of_an_imported_memory_has_no_trace_of_what_was_not_run(imported_run, mlp_memory):
@@ -123,6 +125,7 @@ def test_the_report_of_an_imported_memory_has_no_trace_of_what_was_not_run(impor
         assert "base + memory" in text
         for name in ("kNN-LM", "joint", "equal-size", "recall", "teacher"):
             assert name not in re.sub(r"(?s)<style>.*?</style>|<pre>.*?</pre>", "", text), name
+    assert "There is no datastore here, so the training text behind them cannot be named." in page
 
 
 def test_an_imported_memory_goes_out_as_it_came_and_writes_the_same_text(

@@ -65,6 +65,7 @@ def test_training_processes_load_no_tensorflow_seqio_scann_or_beam_and_repeat_th
         "mlp_memory.datastore.embed",
         "mlp_memory.targets.retrieve",
         "mlp_memory.parallel.fleet",
+        "mlp_memory.tracing.command",
     ],
 )
 def test_importing_loads_nothing_heavy(module):

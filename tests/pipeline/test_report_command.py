@@ -9,6 +9,7 @@ from mlp_memory.arrays import ArrayReader
 from mlp_memory.artifacts import Directory
 from mlp_memory.corpus.stream import TokenStream
 from mlp_memory.decoder.windows import read, spread
+from mlp_memory.evaluation.config import EvaluateConfig
 from mlp_memory.evaluation.sections import Claim, Findings, Section
 
 FINDINGS = Findings(
@@ -83,8 +84,11 @@ def test_differing_samples_are_the_extremes_of_the_scored_rows(results, small_ru
     base_N, memory_N = (np.float64(reader[0 : len(reader)])[scored] for reader in readers)
     weight = results["test"]["details"]["base_plus_memory"]["lambda"]
     gain_N = np.log(weight * np.exp(memory_N) + (1 - weight) * np.exp(base_N)) - base_N
-    better, worse = results["differing"]  # half of evaluate.samples, of each kind
-    assert (better["effect"], worse["effect"]) == ("better", "worse")
+    effects = [sample["effect"] for sample in results["differing"]]
+    most = EvaluateConfig().traces // 2
+    assert effects == sorted(effects)
+    assert all(1 <= effects.count(effect) <= most for effect in ("better", "worse"))
+    better, worse = (next(s for s in results["differing"] if s["effect"] == e) for e in ("better", "worse"))
     assert better["row"] == row_N[gain_N.argmax()]
     elsewhere = document_N != better["document"]
     assert worse["row"] == row_N[elsewhere][gain_N[elsewhere].argmin()]
@@ -106,6 +110,9 @@ def test_samples_show_the_training_positions_that_the_teacher_drew_on(results, s
         likeliest = max(sample["teacher"], key=lambda pair: pair[1])
         ahead = sum(p["weight"] for p in sample["drawn_on"] if p["next"] == likeliest[0])
         assert ahead <= likeliest[1] + 1e-5
+        shares = [each["share"] for each in sample["documents"]]
+        assert shares == sorted(shares, reverse=True)
+        assert (sum(shares) == pytest.approx(1)) == (sample["other_documents"] == 0)
     page = (small_run / "reports/index.html").read_text()
     assert page.count("Which training positions the teacher drew on") == len(samples)
 

@@ -272,6 +272,30 @@ def test_bad_requests_get_one_line(mlp_memory, base, tmp_path, flags, said):
     assert "Traceback" not in answer.error
 
 
+def test_traces_are_of_what_is_there_now(mlp_memory, updated, tmp_path):
+    """A chosen row's teacher is the stored one; of a row without one it is what its neighbours give."""
+    job = job_of(updated)
+    stream, block = job.stream("train"), job.config.distill.block_rows
+    starts = choice.read(job.workdir / "targets").starts_B
+    covered = np.zeros(len(stream) + block, bool)
+    covered[(starts[:, None] + np.arange(block)).reshape(-1)] = True
+    scored = stream.has_next(0, len(stream))
+    chosen = int(np.flatnonzero(scored & covered[: len(stream)])[-5])
+    other = int(np.flatnonzero(scored & ~covered[: len(stream)])[3])
+    path = tmp_path / "trace.json"
+    flags = [f"--workdir={updated}", f"--row={chosen}", f"--row={other}", f"--json={path}"]
+    answer = mlp_memory("trace", *flags)
+    assert answer.code == 0, answer.error
+    for row in json.loads(path.read_text())["rows"]:
+        assert row["difference"] < 1e-3
+    gone = int(np.flatnonzero(stream.is_deleted(0, len(stream)))[0])
+    answer = mlp_memory("trace", f"--workdir={updated}", f"--row={gone}")
+    assert answer.code == 2
+    assert "is deleted" in answer.error
+    answer = mlp_memory("documents", f"--workdir={updated}")
+    assert answer.out.count("(deleted)") == 3
+
+
 def test_another_request_for_the_same_output_is_refused(mlp_memory, base, updated):
     answer = mlp_memory("update", f"--workdir={base}", f"--output={updated}", "--delete=4")
     assert answer.code == 2
