@@ -27,7 +27,10 @@ def saved_config(workdir: Directory) -> str | None:
 def check(job: Job) -> list[Checked]:
     """What is there, folder by folder in the order of the stages; the workdir's own files first."""
     workdir = job.workdir
-    tops = list(dict.fromkeys(stage.folder for stage in pipeline.STAGES))
+    order = [stage.name for stage in pipeline.STAGES]
+    tops = sorted(
+        {stage.folder for stage in pipeline.STAGES}, key=lambda top: order.index(stage_of(job, top))
+    )
     found = folders(workdir, tops)
     sizes = [(workdir / top).size() or 0 for top in tops]
     with Progress("verify", sum(sizes), "bytes") as progress:
