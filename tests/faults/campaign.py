@@ -47,7 +47,7 @@ from test_verify import faults, files_of, flip  # noqa: E402
 
 PARTS = ("kills", "flips", "repairs", "truncated", "full", "readonly", "two", "clock", "lost")
 # Of a run that is hurt so often, the last start is left alone to its end.
-KILLS_PER_RUN = 14
+KILLS_PER_RUN = 25
 _SITE = """
 import random, time
 _now, _random = time.time, random.Random(0)
@@ -164,7 +164,7 @@ def kills(campaign: Campaign, count: int) -> None:
             if campaign.rng.random() < 0.15:  # while it starts
                 wait = campaign.rng.uniform(0, 3)
             else:  # some time into this stage or one of the next
-                stages = before + campaign.rng.integers(1, 4)
+                stages = before + campaign.rng.integers(1, 3)
                 while process.poll() is None and log.read_text().count("--- ") < stages:
                     time.sleep(0.02)
                 wait = campaign.rng.uniform(0, 1.2) * seconds.get(_stage(log.read_text()), 1.0)
