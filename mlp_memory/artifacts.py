@@ -405,7 +405,7 @@ def seal(directory: Directory, manifest: Manifest) -> None:
 
 
 def seal_text(directory: Directory, name: str, *others: str) -> None:
-    """Writes checksums.json of a folder that has no manifest but a text that matters, and `others` perhaps."""
+    """Writes checksums.json of a folder without a manifest: one text that matters, and `others` if there."""
     text = (directory.read(name) or b"").decode(errors="replace")
     names = [name, *(other for other in others if directory.read(other) is not None)]
     directory.write(SEAL, Seal.of(directory, names, text).to_json().encode())
