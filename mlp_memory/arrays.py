@@ -3,8 +3,8 @@
 Each array is a zarr3 array with crc32c on every chunk, or on every block that can be read alone.
 """
 
-import contextlib
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -22,7 +22,6 @@ from mlp_memory.artifacts import (
     digest,
     finish,
     first_line,
-    parse_json,
     peek,
 )
 
@@ -99,12 +98,7 @@ class ChunkWriter:
         self.directory, self.manifest = directory, manifest
         self.rows_total, self.chunk_rows = specs[0].shape[0], specs[0].chunk_shape[0]
         self._stores = {n: _open(directory, n, s, create=True) for n, s in manifest.arrays.items()}
-        self._marks = {}
-        for chunk in written_chunks(directory):
-            with contextlib.suppress(ValueError):  # a damaged mark is none: the chunk is written again
-                marks = parse_json(directory.read(_mark(chunk)) or b"")
-                if isinstance(marks, dict) and marks.keys() == manifest.arrays.keys():
-                    self._marks[chunk] = marks
+        self._marks = {chunk: json.loads(directory.read(_mark(chunk))) for chunk in written_chunks(directory)}
 
     def __len__(self) -> int:
         return -(-self.rows_total // self.chunk_rows)

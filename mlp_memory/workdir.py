@@ -1,6 +1,5 @@
 """A workdir between stages: one process at a time, the time spent, what state it is in."""
 
-import contextlib
 import fcntl
 import json
 import os
@@ -9,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import Directory, UserError, parse_json
+from mlp_memory.artifacts import Directory, UserError
 from mlp_memory.job import Job
 from mlp_memory.pipeline import STAGES, Stage
 
@@ -65,12 +64,11 @@ def timed(workdir: Directory, stage: Stage) -> Iterator[None]:
 
 
 def seconds_by_stage(workdir: Directory) -> dict[str, float]:
-    """Seconds that each stage took, restarts added up; lines that cannot be read do not count."""
+    """Seconds that each stage took, restarts added up."""
     found: dict[str, float] = {}
-    for line in (workdir.read(_TIMES) or b"").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            entry = parse_json(line)
-            found[entry["stage"]] = found.get(entry["stage"], 0.0) + float(entry["seconds"])
+    for line in (workdir.read(_TIMES) or b"").decode().splitlines():
+        entry = json.loads(line)
+        found[entry["stage"]] = found.get(entry["stage"], 0.0) + entry["seconds"]
     return found
 
 

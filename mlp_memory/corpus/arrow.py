@@ -4,11 +4,12 @@ A Hugging Face folder (`Dataset.save_to_disk`) names Arrow streams in state.json
 folders of its splits in dataset_dict.json, so that the `datasets` library is not needed.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlp_memory.artifacts import UserError, first_line, parse_json
+from mlp_memory.artifacts import UserError, first_line
 
 _BATCH_ROWS = 256
 _READ_BYTES = 1 << 20
@@ -136,7 +137,7 @@ def dataset_files(folder: Path, split: str) -> list[Path]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = parse_json(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}): save the dataset again") from error
     if not isinstance(value, dict):

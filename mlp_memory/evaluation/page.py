@@ -4,9 +4,10 @@
 studies have left findings. The page is in no manifest, so drawing it again changes no artifact.
 """
 
+import json
 from typing import Any
 
-from mlp_memory.artifacts import Directory, UserError, first_line, parse_json, peek, seal
+from mlp_memory.artifacts import Directory, UserError, first_line, peek, seal
 from mlp_memory.evaluation.report import write_report
 from mlp_memory.evaluation.sections import Findings
 from mlp_memory.training.metrics import read_metrics
@@ -55,7 +56,7 @@ def read_results(workdir: Directory) -> dict[str, Any]:
     """
     data = (workdir / "reports").read("results.json")
     try:
-        results = None if data is None else parse_json(data)
+        results = None if data is None else json.loads(data)
     except ValueError:
         results = None
     if not isinstance(results, dict):
@@ -78,7 +79,7 @@ def read_findings(workdir: Directory) -> tuple[Findings, ...]:
 
 def _parsed(data: bytes, where: str) -> Findings:
     try:
-        findings = Findings.from_json(parse_json(data))
+        findings = Findings.from_json(json.loads(data))
         _check(findings)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else first_line(error)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import glob
+import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from mlp_memory.artifacts import Directory, UserError, canonical_json, digest, first_line, parse_json
+from mlp_memory.artifacts import Directory, UserError, canonical_json, digest, first_line
 from mlp_memory.corpus.config import PartConfig
 from mlp_memory.corpus.documents import file_sha256
 
@@ -92,7 +93,7 @@ def keep_record(workdir: Directory, request: Request) -> str:
         workdir.write(RECORD, wanted.encode())
     elif found.decode(errors="replace") != wanted:
         raise UserError(
-            f"--output {workdir} was begun with {_difference(found, parse_json(wanted))}: give the same "
+            f"--output {workdir} was begun with {_difference(found, json.loads(wanted))}: give the same "
             "again, or another folder"
         )
     return digest(wanted.encode())
@@ -108,7 +109,7 @@ def read_record(workdir: Directory) -> dict[str, Any] | None:
     if data is None:
         return None
     try:
-        return dict(parse_json(data))
+        return dict(json.loads(data))
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{workdir}/{RECORD} is damaged ({first_line(error)}): run `update` afresh"
@@ -117,7 +118,7 @@ def read_record(workdir: Directory) -> dict[str, Any] | None:
 
 def _difference(found: bytes, wanted: dict[str, Any]) -> str:
     try:
-        before = dict(parse_json(found))
+        before = dict(json.loads(found))
     except (ValueError, TypeError):
         return "something else (its update.json is damaged)"
     name = next((name for name in wanted if before.get(name) != wanted[name]), "something")

@@ -217,25 +217,16 @@ def _records(folder: Path) -> None:
         path = folder / "workdir" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(value))
-    lines = json.dumps({"stage": "embed", "seconds": 1.5, "step": 3, "loss": 2.0}) + "\n"
-    for name in ("times.jsonl", "metrics.jsonl"):
-        (folder / "workdir" / name).write_text(lines * 3)
     (folder / "workdir/checksums.json").write_text(Seal({"a": "b"}, "c").to_json())
 
 
 def _read_records(path: Path) -> None:
     from mlp_memory.evaluation.page import read_findings, read_results
-    from mlp_memory.training.metrics import read_metrics
     from mlp_memory.updating.request import read_record
     from mlp_memory.verify.check import check_folder
-    from mlp_memory.workdir import seconds_by_stage
 
     workdir = Directory(path)
-
-    def check(workdir: Directory) -> None:
-        check_folder(workdir, "")
-
-    for read in (read_findings, read_results, read_record, read_metrics, seconds_by_stage, check):
+    for read in (read_findings, read_results, read_record, lambda workdir: check_folder(workdir, "")):
         try:
             read(workdir)
         except UserError:
