@@ -20,8 +20,6 @@ from mlp_memory.corpus import arrow, python_docs, tfds, wikitext
 from mlp_memory.corpus.config import SPLITS, SourceConfig
 
 _PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-# A few kilobytes can unpack to any length; what is not packed cannot be longer than it is.
-_MOST_UNPACKED = 1 << 30
 
 Files = dict[str, list[Path | str]]
 """Group -> its files, or its splits with "tfds". A group is "train", "validation" or "test",
@@ -155,13 +153,7 @@ def read_file(source: SourceConfig, path: Path | str) -> Iterator[str]:
 
 
 def _whole_file(source: SourceConfig, path: Path) -> Iterator[str]:
-    lines, size = [], 0
-    for number, line in _lines(path):
-        lines.append(line)
-        size += len(line)
-        if path.suffix in _PACKED and size > _MOST_UNPACKED:
-            raise _too_long(path, number)
-    yield _decode(path, 1, b"".join(lines))
+    yield _decode(path, 1, b"".join(line for _, line in _lines(path)))
 
 
 def _json_lines(source: SourceConfig, path: Path) -> Iterator[str]:
@@ -207,26 +199,17 @@ def _open(path: Path) -> BinaryIO:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Lines with their numbers from 1, their ends kept."""
-    number, most = 0, _MOST_UNPACKED if path.suffix in _PACKED else -2
+    number = 0
     try:
         with _open(path) as file:
-            while line := file.readline(most + 1):
+            for line in file:
                 number += 1
-                if len(line) == most + 1:
-                    raise _too_long(path, number)
                 yield number, line
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise UserError(
             f"{path}, line {number + 1}: cannot be read ({first_line(error)}): "
             "the file is cut off or damaged, fetch or make it again"
         ) from error
-
-
-def _too_long(path: Path, number: int) -> UserError:
-    return UserError(
-        f"{path}, line {number}: one document unpacks to more than {_MOST_UNPACKED >> 20} MiB: "
-        "unpack the file first if that is meant"
-    )
 
 
 def _decode(path: Path, first_line_number: int, data: bytes) -> str:

@@ -31,7 +31,7 @@ class SentencePieceModel:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
-        except (RuntimeError, UnicodeDecodeError) as error:  # its own message may not be UTF-8
+        except RuntimeError as error:
             raise UserError(f"{name} is not a SentencePiece model ({len(model)} bytes)") from error
         self.size: int = self._processor.vocab_size()
         self.bos = _id_or_none(self._processor.bos_id())

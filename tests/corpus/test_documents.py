@@ -6,7 +6,7 @@ import lzma
 import pytest
 
 from mlp_memory.artifacts import UserError
-from mlp_memory.corpus.config import CorpusConfig, PartConfig
+from mlp_memory.corpus.config import CorpusConfig
 from mlp_memory.corpus.documents import input_files, read_file, read_group
 
 
@@ -108,16 +108,3 @@ def test_one_file_in_two_splits_is_refused(tmp_path, write_jsonl):
     path = write_jsonl(tmp_path / "a.jsonl", ["x"])
     config = jsonl(path, validation_files=f"{tmp_path}/../{tmp_path.name}/*.jsonl")
     expect(["train_files", "validation_files"], lambda: input_files(config))
-
-
-@pytest.mark.parametrize(("kind", "line"), [("jsonl", b"a" * 70), ("text", b"a" * 9 + b"\n")])
-def test_a_packed_file_that_unpacks_without_end_is_refused(kind, line, tmp_path, monkeypatch):
-    """A few kilobytes of gzip can hold gigabytes of one line, or of many of one document."""
-    monkeypatch.setattr("mlp_memory.corpus.documents._MOST_UNPACKED", 1 << 12)
-    path = tmp_path / f"bomb.{kind}.gz"
-    path.write_bytes(gzip.compress(line * 1000))
-    with pytest.raises(UserError, match="unpacks to more than"):
-        list(read_file(PartConfig(source=kind, train_files=(str(path),)), path))
-    plain = tmp_path / "plain.txt"
-    plain.write_bytes(line * 1000)
-    assert list(read_file(PartConfig(source="text", train_files=(str(plain),)), plain))
