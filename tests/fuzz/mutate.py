@@ -8,6 +8,7 @@ import lzma
 import random
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -75,7 +76,7 @@ def damage(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
             if data.startswith(magic):
                 try:
                     return pack(damage(unpack(data), rng, others))
-                except (OSError, EOFError, ValueError, lzma.LZMAError):
+                except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError):
                     break
         if data.startswith(b"PK"):
             return _zip(data, rng, others)
@@ -151,7 +152,7 @@ def _zip(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = {name: archive.read(name) for name in archive.namelist()}
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError):
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError):
         return _flip(bytearray(data), rng, others)
     if not members:
         return data

@@ -44,7 +44,7 @@ def _watch(event: str, arguments: tuple) -> None:
         below = arguments[-1] if event in ("os.remove", "os.rmdir") and arguments[-1] != -1 else None
         base = os.getcwd() if below is None else os.readlink(f"/proc/self/fd/{below}")
         place = os.path.realpath(os.path.join(base, os.fsdecode(path)))
-        if not place.startswith((f"{_folder}/", tempfile.gettempdir() + "/", "/dev/")) and place != str(_folder):
+        if not place.startswith((f"{_folder}/", tempfile.gettempdir() + "/", "/dev/")) and place not in (str(_folder), tempfile.gettempdir()):
             _broken.append(f"{event} {path!r}"[:300])
             raise Forbidden(_broken[-1])
 
