@@ -10,6 +10,8 @@ import zlib
 
 import numpy as np
 
+from mlp_memory.artifacts import first_line
+
 FAULTS = (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError)
 """What `read_npz` and `read_npy` raise for a damaged file."""
 
@@ -40,7 +42,10 @@ def read_npy(data: bytes) -> np.ndarray:
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"version {version} of NumPy's format")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
+    try:
+        shape, _, dtype = read(file)
+    except Exception as error:  # the header is a Python literal, of which a parser makes what it will
+        raise ValueError(f"its header is damaged ({first_line(error)})") from error
     left = len(data) - file.tell()
     if dtype.hasobject or not dtype.itemsize or math.prod(shape) * dtype.itemsize != left:
         raise ValueError(f"an array {dtype} of shape {shape} in {left} bytes")

@@ -94,8 +94,8 @@ def _check_saved(text: str, where: str) -> None:
         wrong = first_line(error)
     if wrong:
         raise UserError(
-            f"{where} holds {wrong!r}, which could run programs or is damaged: give the recipe by --gin_file, "
-            "this file itself if you trust it"
+            f"{where} holds {wrong!r}, which could run programs or is damaged: "
+            "give the recipe by --gin_file, this file itself if you trust it"
         )
 
 

@@ -28,11 +28,13 @@ def parquet_values(path: Path, column: str) -> Iterator[tuple[int, bytes]]:
 
     # Pages are read as they are needed, instead of a row group's whole column at once.
     lazily = {"buffer_size": _READ_BYTES, "pre_buffer": False}
-    # A text that a dictionary holds once stays there once, however many rows say it.
-    lazily["read_dictionary"] = [column]
-    with _damage(path) as rows, pq.ParquetFile(path, page_checksum_verification=True, **lazily) as file:
-        _check_column(path, file.schema_arrow, column)
-        yield from rows.values(file.iter_batches(_BATCH_ROWS, columns=[column]), column)
+    with _damage(path) as rows:
+        with pq.ParquetFile(path) as file:
+            _check_column(path, file.schema_arrow, column)
+        # A text that a dictionary holds once stays there once, however many rows say it.
+        once = {"read_dictionary": [column], "page_checksum_verification": True}
+        with pq.ParquetFile(path, **lazily, **once) as file:
+            yield from rows.values(file.iter_batches(_BATCH_ROWS, columns=[column]), column)
 
 
 def arrow_values(path: Path, column: str) -> Iterator[tuple[int, bytes]]:
@@ -70,7 +72,6 @@ class _damage:
 
     def values(self, batches: Any, column: str) -> Iterator[tuple[int, bytes]]:
         """Rows of the batches, with their numbers from 1."""
-        import pyarrow as pa
 
         for batch in batches:
             for data in _bytes_of(batch.column(column)):
@@ -99,7 +100,11 @@ def _bytes_of(texts: Any) -> Iterator[bytes | None]:
                 raise pa.ArrowInvalid(f"text {index} of a dictionary of {len(held)}")
             yield None if index is None else held[index]
         return
-    plain = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    plain = {
+        pa.string(): pa.binary(),
+        pa.large_string(): pa.large_binary(),
+        pa.string_view(): pa.binary_view(),
+    }
     texts = texts.view(plain.get(texts.type, texts.type))
     texts.validate(full=True)
     for value in texts:
@@ -145,7 +150,9 @@ def dataset_files(folder: Path, split: str) -> list[Path]:
     try:
         names = [entry["filename"] for entry in state["_data_files"]]
         if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
-            raise UserError(f"{folder}/state.json names {outside[0]!r}, a file elsewhere: save the dataset again")
+            raise UserError(
+                f"{folder}/state.json names {outside[0]!r}, a file elsewhere: save the dataset again"
+            )
         files = [folder / name for name in names]
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder}/state.json names no data files: save the dataset again") from error

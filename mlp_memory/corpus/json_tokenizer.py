@@ -133,7 +133,9 @@ def _growth(part: Any) -> int:
         return 1
     inner = math.prod(_growth(value) for key, value in part.items() if key in _STEPS)
     content = part.get("content")
-    return inner * max(len(content), 1) if part.get("type") == "Replace" and isinstance(content, str) else inner
+    return (
+        inner * max(len(content), 1) if part.get("type") == "Replace" and isinstance(content, str) else inner
+    )
 
 
 def _merges(text: str) -> list[tuple[str, str]]:

@@ -87,7 +87,7 @@ class Vocabulary:
         self._added = _added_tokens(files, name, self._tokenizer.size)
         self.size: int = max([self._tokenizer.size, *(i + 1 for i in self._added)])
         if self.size > _MOST_IDS:
-            raise UserError(f"{name} has ids up to {self.size - 1}, no tokenizer that is read {_MOST_IDS}: fetch it again")
+            raise UserError(f"{name} has ids up to {self.size - 1}, more than {_MOST_IDS}: fetch it again")
         self.bos, self.eos = self._borders(bos, eos)
 
     @classmethod
@@ -131,7 +131,7 @@ class Vocabulary:
         files = {}
         for name, sha256 in manifest.facts.get("files", {}).items():
             if name not in vocabulary_files.KEPT_NAMES:
-                raise UserError(f"{directory}: {name!r} is no file of a vocabulary: run `python -m mlp_memory tokenize` again")
+                raise UserError(f"{directory} names {name!r}, no tokenizer's file: run tokenize again")
             data = directory.read(name)
             if data is None or hashlib.sha256(data).hexdigest() != sha256:
                 state = "is missing" if data is None else "is damaged"

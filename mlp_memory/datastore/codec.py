@@ -6,8 +6,8 @@ import io
 import numpy as np
 
 from mlp_memory.artifacts import Directory, Manifest, UserError, as_dtype, digest, first_line
-from mlp_memory.npz import FAULTS, read_npz
 from mlp_memory.datastore.config import EmbedConfig
+from mlp_memory.npz import FAULTS, read_npz
 
 CODEC_NAME = "codec.npz"
 _CODES = 127

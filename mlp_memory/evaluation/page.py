@@ -54,7 +54,7 @@ def read_results(workdir: Directory) -> dict[str, Any]:
     data = (workdir / "reports").read("results.json")
     try:
         results = None if data is None else json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         results = None
     if not isinstance(results, dict):
         state = "is missing" if data is None else "is damaged"
@@ -78,7 +78,7 @@ def _parsed(data: bytes, where: str) -> Findings:
     try:
         findings = Findings.from_json(json.loads(data))
         _check(findings)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise UserError(f"{where} is damaged ({what}): delete it, or run again what wrote it") from error
     return findings

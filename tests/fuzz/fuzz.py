@@ -118,7 +118,9 @@ class Run:
         if end["end"] == "finding":
             kind = f"{end['at']} {end['what'].split(':')[0]}"
             if (reader, kind) not in self.findings:
-                digest = hashlib.sha256(json.dumps({n: d.hex() for n, d in files.items()}).encode()).hexdigest()
+                digest = hashlib.sha256(
+                    json.dumps({n: d.hex() for n, d in files.items()}).encode()
+                ).hexdigest()
                 kept = self._output / f"{reader}-{digest[:10]}"
                 write(kept, files)
                 self.findings[reader, kind] = f"{end['what']} at {end['at']}: {kept}"
@@ -134,7 +136,7 @@ class Run:
 
 def fuzz(run: Run, name: str, seed: int, seconds: float, executions: int) -> None:
     """Cases of one reader: its seeds, which must be read; old findings; then new damage."""
-    reader, deadline = READERS[name], time.monotonic() + seconds
+    reader = READERS[name]
     rng = random.Random(f"{seed} {name}")
     seeds = reader.seeds()
     for number, files in enumerate(seeds):
@@ -145,7 +147,7 @@ def fuzz(run: Run, name: str, seed: int, seconds: float, executions: int) -> Non
         end = run.case(name, files())
         if end["end"] == "finding":
             print(f"{name}: {title} is found again", flush=True)
-    done = 0
+    done, deadline = 0, time.monotonic() + seconds
     while time.monotonic() < deadline and (not executions or done < executions):
         files = mutate(rng.choice(seeds), rng)
         if reader.mend and rng.random() < 0.8:
@@ -155,7 +157,9 @@ def fuzz(run: Run, name: str, seed: int, seconds: float, executions: int) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--reader", action="append", choices=sorted(READERS), help="all if left out")
     parser.add_argument("--minutes", type=float, default=2.0, help="of each reader")
     parser.add_argument("--executions", type=int, default=0, help="of each reader, most; 0 for any number")

@@ -14,7 +14,24 @@ from typing import Any
 
 Files = dict[str, bytes]
 
-NUMBERS = (0, 1, 2, 3, 7, 8, 255, 256, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63 - 1, 2**64 - 1)
+NUMBERS = (
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    255,
+    256,
+    0xFFFF,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**60,
+    2**63 - 1,
+    2**64 - 1,
+)
 WORDS = (
     "",
     "..",
@@ -35,7 +52,22 @@ WORDS = (
     "file:///etc/passwd",
     "x" * 5000,
 )
-JSON_VALUES = (None, True, False, [], {}, [[]], 0.5, -0.5, 1e308, float("nan"), float("inf"), -1, *NUMBERS, *WORDS)
+JSON_VALUES = (
+    None,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    0.5,
+    -0.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    -1,
+    *NUMBERS,
+    *WORDS,
+)
 DEEP = 100_000
 _PACKERS = {
     b"\x1f\x8b": (gzip.decompress, gzip.compress),
@@ -139,7 +171,9 @@ def _splice(data: bytearray, rng: random.Random, others: list[bytes]) -> bytes:
 
 def _insert(data: bytearray, rng: random.Random, others: list[bytes]) -> bytes:
     at = rng.randrange(len(data) + 1)
-    piece = rng.choice((b"\0", b"\xff" * 8, b"\n", b"[" * DEEP, b'{"a":' * 3000, b"\xed\xa0\x80", rng.randbytes(16)))
+    piece = rng.choice(
+        (b"\0", b"\xff" * 8, b"\n", b"[" * DEEP, b'{"a":' * 3000, b"\xed\xa0\x80", rng.randbytes(16))
+    )
     return bytes(data[:at]) + piece + bytes(data[at:])
 
 
@@ -157,7 +191,9 @@ def _zip(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
     if not members:
         return data
     name, out = rng.choice(sorted(members)), io.BytesIO()
-    members[name] = _npy_header(members[name], rng) if rng.random() < 0.5 else damage(members[name], rng, others)
+    members[name] = (
+        _npy_header(members[name], rng) if rng.random() < 0.5 else damage(members[name], rng, others)
+    )
     if rng.random() < 0.1:
         members[rng.choice(("../outside.npy", "x.npy", "__class__.npy"))] = members.pop(name)
     with zipfile.ZipFile(out, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:

@@ -196,7 +196,9 @@ def _gguf(kind: str, quantised: bool) -> Files:
             writer.add_token_merges([f"a {c}" for c in "bcdefghijklmn"])
         writer.add_token_list(pieces)
         writer.add_token_scores([-float(i) for i in range(VOCAB)])
-        writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (VOCAB - 259)] if kind == "llama" else [3, *[1] * (VOCAB - 1)])
+        writer.add_token_types(
+            [2, 3, 3, *[6] * 256, *[1] * (VOCAB - 259)] if kind == "llama" else [3, *[1] * (VOCAB - 1)]
+        )
         writer.add_eos_token_id(2 if kind == "llama" else 0)
         names = _gguf_names()
         for name, value in _llama_tensors().items():
@@ -262,15 +264,24 @@ def _tokenizer_seeds() -> list[Files]:
     byte_level.decoder = t.decoders.ByteLevel()
     alphabet = sorted(t.pre_tokenizers.ByteLevel.alphabet())
     byte_level.train_from_iterator(
-        TEXTS, t.trainers.BpeTrainer(vocab_size=280, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False)
+        TEXTS,
+        t.trainers.BpeTrainer(
+            vocab_size=280, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+        ),
     )
     found.append(byte_level)
-    unigram = t.Tokenizer(t.models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *((c, -2.0) for c in "abcdehmtx=▁")], 0, False))
-    unigram.normalizer = t.normalizers.Sequence([t.normalizers.NFKC(), t.normalizers.Replace(t.Regex(" +"), "▁")])
+    unigram = t.Tokenizer(
+        t.models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *((c, -2.0) for c in "abcdehmtx=▁")], 0, False)
+    )
+    unigram.normalizer = t.normalizers.Sequence(
+        [t.normalizers.NFKC(), t.normalizers.Replace(t.Regex(" +"), "▁")]
+    )
     unigram.pre_tokenizer = t.pre_tokenizers.Metaspace()
     unigram.decoder = t.decoders.Sequence([t.decoders.Replace("▁", " "), t.decoders.Fuse()])
     found.append(unigram)
-    words = t.Tokenizer(t.models.WordPiece({"[UNK]": 0, "</s>": 1, "the": 2, "##m": 3, "a": 4}, unk_token="[UNK]"))
+    words = t.Tokenizer(
+        t.models.WordPiece({"[UNK]": 0, "</s>": 1, "the": 2, "##m": 3, "a": 4}, unk_token="[UNK]")
+    )
     words.normalizer = t.normalizers.BertNormalizer()
     words.pre_tokenizer = t.pre_tokenizers.BertPreTokenizer()
     words.decoder = t.decoders.WordPiece()
@@ -305,7 +316,11 @@ def _sentencepiece_seeds() -> list[Files]:
     def train(**options: Any) -> Files:
         out = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(TEXTS * 30), model_writer=out, hard_vocab_limit=False, minloglevel=2, **options
+            sentence_iterator=iter(TEXTS * 30),
+            model_writer=out,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **options,
         )
         return {"tokenizer.model": out.getvalue()}
 
@@ -411,9 +426,27 @@ def _read_arrow(folder: Path) -> None:
 
 def _rows_seeds() -> list[Files]:
     rows = [
-        {"question": "Is it?", "answer": ["yes", "no"], "label": 1, "text": "a b", "knowledge": "x", "facts": ["y"]},
-        {"question": "What?", "answer": "that", "mc1_targets": {"choices": ["a", "b"], "labels": [1, 0]}, "label": "0"},
-        {"user_query": "q", "chatgpt_response": "r", "hallucination": "no", "right_answer": "a", "hallucinated_answer": "b"},
+        {
+            "question": "Is it?",
+            "answer": ["yes", "no"],
+            "label": 1,
+            "text": "a b",
+            "knowledge": "x",
+            "facts": ["y"],
+        },
+        {
+            "question": "What?",
+            "answer": "that",
+            "mc1_targets": {"choices": ["a", "b"], "labels": [1, 0]},
+            "label": "0",
+        },
+        {
+            "user_query": "q",
+            "chatgpt_response": "r",
+            "hallucination": "no",
+            "right_answer": "a",
+            "hallucinated_answer": "b",
+        },
     ]
     lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     table = b'question,answer,label\n"a, b","c\nd",1\nx,y,0\n'
@@ -449,7 +482,9 @@ def _stream_seeds() -> list[Files]:
     def write(blocks: int, finish: bool) -> Callable[[Path], None]:
         def make(folder: Path) -> None:
             directory = Directory(folder / "a")
-            manifest = begin(directory, KIND, {"seed": 1}, {}, {"tokens": ArraySpec((90,), "uint16", 32, blocks)})
+            manifest = begin(
+                directory, KIND, {"seed": 1}, {}, {"tokens": ArraySpec((90,), "uint16", 32, blocks)}
+            )
             bounds = np.array([0, 10, 11, 90], "<i8").tobytes()
             directory.write(BOUNDS_NAME, bounds)
             writer = ChunkWriter(directory, manifest)
@@ -457,7 +492,9 @@ def _stream_seeds() -> list[Files]:
                 start, stop = writer.rows(chunk)
                 writer.write(chunk, tokens=np.arange(start, stop, dtype=np.uint16))
             if finish:
-                writer.finish(vocab_size=99, words=1, bytes=1, bounds_sha256=hashlib.sha256(bounds).hexdigest())
+                writer.finish(
+                    vocab_size=99, words=1, bytes=1, bounds_sha256=hashlib.sha256(bounds).hexdigest()
+                )
 
         return make
 
@@ -496,7 +533,9 @@ def _codec_seeds() -> list[Files]:
     from mlp_memory.datastore.codec import Codec
 
     rng = np.random.default_rng(2)
-    codec = Codec("int8", rng.normal(size=6).astype("f4"), rng.normal(size=(6, 3)).astype("f4"), np.ones(3, "f4"))
+    codec = Codec(
+        "int8", rng.normal(size=6).astype("f4"), rng.normal(size=(6, 3)).astype("f4"), np.ones(3, "f4")
+    )
     return [{"codec.npz": codec.to_bytes()}]
 
 
@@ -589,8 +628,16 @@ def _report_seeds() -> list[Files]:
     }
     metrics = b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5, "validation_loss": 1.0}\n'
     return [
-        {"benchmarks/findings.json": data, "studies/k/findings.json": data, "times.jsonl": b'{"stage": "a", "seconds": 1.5}\n'},
-        {"reports/results.json": json.dumps(results).encode(), "decoder/metrics.jsonl": metrics, "benchmarks/findings.json": data},
+        {
+            "benchmarks/findings.json": data,
+            "studies/k/findings.json": data,
+            "times.jsonl": b'{"stage": "a", "seconds": 1.5}\n',
+        },
+        {
+            "reports/results.json": json.dumps(results).encode(),
+            "decoder/metrics.jsonl": metrics,
+            "benchmarks/findings.json": data,
+        },
     ]
 
 
@@ -686,7 +733,9 @@ def _read_checkpoint(folder: Path) -> None:
 
     directory = Directory(folder / "memory")
     abstract = nnx.eval_shape(lambda: Memory(MemoryConfig(*_MEMORY), nnx.Rngs(0)))
-    checkpoints.restore(directory, require(directory, "distill"), abstract, make_mesh(MeshConfig(), jax.devices()[:1]))
+    checkpoints.restore(
+        directory, require(directory, "distill"), abstract, make_mesh(MeshConfig(), jax.devices()[:1])
+    )
 
 
 class _Alone:
@@ -705,8 +754,8 @@ class _Alone:
 @functools.cache
 def _index_seeds() -> list[Files]:
     from mlp_memory.artifacts import Directory
-    from mlp_memory.index.stage import build_index
     from mlp_memory.index.config import IndexConfig
+    from mlp_memory.index.stage import build_index
 
     keys = np.random.default_rng(3).normal(size=(300, 8)).astype(np.float32)
 
@@ -726,7 +775,9 @@ def _read_index(folder: Path) -> None:
 
 
 READERS: dict[str, Reader] = {
-    "safetensors": Reader(functools.cache(_model_folders), lambda folder: _read_source(str(folder)), _mend_model),
+    "safetensors": Reader(
+        functools.cache(_model_folders), lambda folder: _read_source(str(folder)), _mend_model
+    ),
     "gguf": Reader(functools.cache(_gguf_seeds), lambda folder: _read_source(str(folder / "m.gguf"))),
     "llama2c": Reader(functools.cache(_llama2c_seeds), lambda folder: _read_source(str(folder / "m.bin"))),
     "tokenizer_json": Reader(functools.cache(_tokenizer_seeds), _read_vocabulary),

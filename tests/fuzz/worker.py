@@ -18,7 +18,14 @@ from pathlib import Path
 MEMORY = 3 << 30
 """Bytes of addresses a reader may take beside what was there when it began."""
 
-_FORBIDDEN = ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect")
+_FORBIDDEN = (
+    "pickle.find_class",
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "socket.connect",
+)
 
 
 class Forbidden(BaseException):
@@ -35,7 +42,11 @@ def _watch(event: str, arguments: tuple) -> None:
     if event in _FORBIDDEN:
         _broken.append(f"{event} {arguments!r}"[:300])
         raise Forbidden(_broken[-1])
-    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    writes = (
+        event == "open"
+        and isinstance(arguments[2], int)
+        and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    )
     if writes or event in ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "shutil.rmtree"):
         path = arguments[0]
         if isinstance(path, int):
@@ -44,7 +55,10 @@ def _watch(event: str, arguments: tuple) -> None:
         below = arguments[-1] if event in ("os.remove", "os.rmdir") and arguments[-1] != -1 else None
         base = os.getcwd() if below is None else os.readlink(f"/proc/self/fd/{below}")
         place = os.path.realpath(os.path.join(base, os.fsdecode(path)))
-        if not place.startswith((f"{_folder}/", tempfile.gettempdir() + "/", "/dev/")) and place not in (str(_folder), tempfile.gettempdir()):
+        if not place.startswith((f"{_folder}/", tempfile.gettempdir() + "/", "/dev/")) and place not in (
+            str(_folder),
+            tempfile.gettempdir(),
+        ):
             _broken.append(f"{event} {path!r}"[:300])
             raise Forbidden(_broken[-1])
 
@@ -84,7 +98,11 @@ def run(reader: "Reader", folder: Path) -> dict[str, str]:  # noqa: F821
         lines = str(error).splitlines()
         end = {"end": "refused", "message": str(error)[:300]}
         if len(lines) != 1 or not str(error).isprintable():
-            end = {"end": "finding", "what": f"UserError is no one printable line: {str(error)[:200]!r}", "at": _place(error)}
+            end = {
+                "end": "finding",
+                "what": f"UserError is no one printable line: {str(error)[:200]!r}",
+                "at": _place(error),
+            }
         elif _has_memory_error(error):
             end = {"end": "finding", "what": "out of memory before it was refused", "at": _place(error)}
     except BaseException as error:
