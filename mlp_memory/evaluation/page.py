@@ -36,7 +36,9 @@ def draw(workdir: Directory, results: dict[str, Any] | None) -> None:
     findings = read_findings(workdir)
     if results is None and not findings:
         raise UserError(f"{workdir} holds no results: run `python -m mlp_memory evaluate` first, or a study")
-    scored = {} if results is None else results.get("test", {}).get("perplexity", {})
+    test = (results or {}).get("test")
+    scored = test.get("perplexity") if isinstance(test, dict) else None
+    scored = scored if isinstance(scored, dict) else {}  # what has another shape is refused below
     curves = {
         stage: read_metrics(workdir / folder)
         for stage, (folder, system) in _CURVES.items()
