@@ -184,10 +184,10 @@ def as_dtype(name: str) -> np.dtype:
 
 
 class _Facts(dict):
-    """Facts of a manifest that was read: one that is not there is what the user can mend."""
+    """What a manifest that was read says: a name that is not there is for the user to mend."""
 
     def __missing__(self, name: str) -> Any:
-        raise UserError(f"a manifest lacks the fact {name!r}: delete its folder and run the stage again")
+        raise UserError(f"a manifest lacks {name!r}: delete its folder and run the stage again")
 
 
 @dataclasses.dataclass
@@ -222,7 +222,7 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":
         try:
-            fields = json.loads(text)
+            fields = json.loads(text, parse_float=_finite, parse_constant=_finite)
             if fields["schema"] != SCHEMA:
                 raise UserError(
                     f"{where} has schema {fields['schema']}, this version reads {SCHEMA}: "
@@ -238,12 +238,18 @@ class Manifest:
                     raise TypeError(f"{name} is no table")
             for name, spec in arrays.items():
                 spec.check(name)
-            manifest.facts = _Facts(manifest.facts)
+            manifest.facts, manifest.config = _Facts(manifest.facts), _Facts(manifest.config)
             return manifest
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{where} is damaged ({first_line(error)}): delete its folder and run the stage again"
             ) from error
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return value
 
 
 def canonical_json(value: Any) -> str:

@@ -64,7 +64,7 @@ class _damage:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         import pyarrow as pa
 
-        if isinstance(error, pa.ArrowException | OSError | EOFError):
+        if isinstance(error, pa.ArrowException | OSError | EOFError | ValueError | KeyError):
             raise UserError(
                 f"{self._path}, row {self._row + 1}: cannot be read ({first_line(error)}): "
                 "the file is cut off or damaged, fetch or make it again"
@@ -157,7 +157,7 @@ def dataset_files(folder: Path, split: str) -> list[Path]:
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder}/state.json names no data files: save the dataset again") from error
     for file in files:
-        if not file.is_file():
+        if len(file.name.encode(errors="replace")) > 255 or not file.is_file():
             raise UserError(f"{file}, which state.json names, does not exist: save the dataset again")
     return files
 

@@ -33,7 +33,8 @@ class SentencePieceModel:
         try:
             self._processor.LoadFromSerializedProto(model)
             proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-            self._characters = {c for piece in proto.pieces for c in piece.piece}
+            ids = range(self._processor.vocab_size())
+            self._characters = {c for token in ids for c in self._processor.id_to_piece(token)}
         except (RuntimeError, DecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{name} is not a SentencePiece model ({len(model)} bytes)") from error
         self.size: int = self._processor.vocab_size()

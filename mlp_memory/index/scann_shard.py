@@ -265,6 +265,7 @@ class ScannShard:
         manifest = peek(directory)
         if manifest is None or not manifest.finished:
             raise UserError(f"{directory} is missing: run `python -m mlp_memory index` first")
+        self._where = str(directory)
         start, stop, sizes = _facts(directory, manifest)
         self._local = None
         if directory.is_local:
@@ -313,13 +314,18 @@ class ScannShard:
             )
         last_batch = len(lifted_QxE) % _BATCH_QUERIES
         filling = max(_LEAST_QUERIES - last_batch, 0) if last_batch else 0
-        position_Qxc, dots_Qxc = self._searcher.search_batched_parallel(
-            np.pad(lifted_QxE, ((0, filling), (0, 0)), mode="edge"),
-            min(k, keys),
-            *limits,
-            batch_size=_BATCH_QUERIES,
-        )
+        try:
+            position_Qxc, dots_Qxc = self._searcher.search_batched_parallel(
+                np.pad(lifted_QxE, ((0, filling), (0, 0)), mode="edge"),
+                min(k, keys),
+                *limits,
+                batch_size=_BATCH_QUERIES,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{self._where} is damaged: {first_line(error)}; run `index` again") from error
         position_Qxc, dots_Qxc = position_Qxc[: len(lifted_QxE)], dots_Qxc[: len(lifted_QxE)]
+        if position_Qxc.size and int(position_Qxc.max()) >= keys:
+            raise UserError(f"{self._where} is damaged: it finds a row it does not have; run `index` again")
         # ScaNN pads with position 0 and NaN.
         found_Qxc = ~np.isnan(dots_Qxc)
         count = dots_Qxc.shape[1]
@@ -337,6 +343,7 @@ def _facts(directory: Directory, manifest: Manifest) -> tuple[int, int, dict[str
     names = {GAPS, SPACE, *(f"{FOLDER}/{name}" for name in (*_ASSETS, _CONFIG))}
     rows, sizes = manifest.facts["rows"], manifest.facts["bytes"]
     whole = isinstance(rows, list) and len(rows) == 2 and all(type(row) is int for row in rows)
+    whole = whole and type(manifest.facts["leaves"]) is int and manifest.facts["leaves"] >= 0
     if not (whole and 0 <= rows[0] <= rows[1] and isinstance(sizes, dict) and names >= sizes.keys()):
         raise UserError(f"{directory}/manifest.json is damaged: delete {directory} and run `index` again")
     return *rows, sizes

@@ -25,7 +25,8 @@ from collections import Counter
 from pathlib import Path
 
 from mutate import Files, mutate
-from readers import READERS, REGRESSIONS
+from readers import READERS
+from regressions import REGRESSIONS
 
 SECONDS = 20
 HERE = Path(__file__).parent

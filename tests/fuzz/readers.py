@@ -359,9 +359,12 @@ def _documents(kind: str, name: str, data: bytes) -> Reader:
     return Reader(lambda: _packed(name, data), read)
 
 
-_SMALL_DOCUMENTS: dict[str, Any] = {}
+_SMALL_DOCUMENTS = {"max_document_mb": 8}
 _JSON_LINES = b"".join(json.dumps({"id": i, "text": text}).encode() + b"\n" for i, text in enumerate(TEXTS))
-_WIKITEXT = b" \n = Title = \n \n Some text <unk> . \n \n = = Section = = \n \n More . \n \n = Other = \n \n Text . \n"
+_WIKITEXT = (
+    b" \n = Title = \n \n Some text <unk> . \n \n = = Section = = \n \n More . \n"
+    b" \n = Other = \n \n Text . \n"
+)
 
 
 def _tables() -> list[Any]:
@@ -799,5 +802,3 @@ READERS: dict[str, Reader] = {
     "checkpoint": Reader(_checkpoint_seeds, _read_checkpoint),
     "index": Reader(_index_seeds, _read_index),
 }
-
-REGRESSIONS: dict[str, dict[str, Callable[[], Files]]] = {}

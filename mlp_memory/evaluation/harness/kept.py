@@ -115,6 +115,8 @@ def _from_bytes(data: bytes) -> Scored:
         for name in names
     }
     tokens = (int(arrays["counts"].sum()),)
-    if any(array.shape != tokens for name, array in arrays.items() if name != "counts"):
+    if arrays["counts"].ndim != 1 or any(
+        array.shape != tokens for name, array in arrays.items() if name != "counts"
+    ):
         raise ValueError("arrays of unequal lengths")
     return Scored(arrays["counts"], arrays["base"], arrays["greedy"], partners)
