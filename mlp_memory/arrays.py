@@ -36,7 +36,12 @@ def metadata(spec: ArraySpec) -> bytes:
 
 
 def _open(directory: Directory, name: str, spec: ArraySpec, create: bool) -> ts.TensorStore:
-    return _open_at((directory / name).kvstore.spec().to_json(), spec, create)
+    try:
+        return _open_at((directory / name).kvstore.spec().to_json(), spec, create)
+    except (ValueError, NotImplementedError, OverflowError) as error:
+        raise UserError(
+            f"{directory}/{name} is damaged: {first_line(error)}; delete {directory} and run again"
+        ) from error
 
 
 def _open_at(
@@ -49,30 +54,25 @@ def _open_at(
         "index_codecs": checked,
         "index_location": "end",
     }
-    return ts.open(
-        {
-            "driver": "zarr3",
-            "kvstore": kvstore,
-            "store_data_equal_to_fill_value": True,
-            "fill_missing_data_reads": create,
-            "metadata": {
-                "shape": list(spec.shape),
-                "data_type": str(as_dtype(spec.dtype)),
-                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(spec.chunk_shape)}},
-                "codecs": [{"name": "sharding_indexed", "configuration": blocks}]
-                if spec.block_rows
-                else checked,
-            },
+    found = {
+        "driver": "zarr3",
+        "kvstore": kvstore,
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": create,
+        "metadata": {
+            "shape": list(spec.shape),
+            "data_type": str(as_dtype(spec.dtype)),
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(spec.chunk_shape)}},
+            "codecs": [{"name": "sharding_indexed", "configuration": blocks}] if spec.block_rows else checked,
         },
-        open=True,
-        create=create,
-        context=context,
-    ).result()
+    }
+    return ts.open(found, open=True, create=create, context=context).result()
 
 
 def written_chunks(directory: Directory) -> set[int]:
     """The chunks that have been written of an unfinished array artifact, by whomever."""
-    return {int(name.removesuffix(".json")) for name in (directory / "chunks").names()}
+    names = (name.removesuffix(".json") for name in (directory / "chunks").names())
+    return {int(name) for name in names if name.isdecimal() and len(name) <= 18}
 
 
 def _mark(chunk: int) -> str:
@@ -98,10 +98,20 @@ class ChunkWriter:
         self.directory, self.manifest = directory, manifest
         self.rows_total, self.chunk_rows = specs[0].shape[0], specs[0].chunk_shape[0]
         self._stores = {n: _open(directory, n, s, create=True) for n, s in manifest.arrays.items()}
-        self._marks = {chunk: json.loads(directory.read(_mark(chunk))) for chunk in written_chunks(directory)}
+        self._marks = {chunk: mark for chunk in written_chunks(directory) if (mark := self._read_mark(chunk))}
 
     def __len__(self) -> int:
         return -(-self.rows_total // self.chunk_rows)
+
+    def _read_mark(self, chunk: int) -> dict[str, str] | None:
+        """The checksums of a chunk; None where the mark is damaged, and the chunk is written again."""
+        try:
+            found = json.loads(self.directory.read(_mark(chunk)) or b"")
+        except (ValueError, RecursionError):
+            return None
+        names = self.manifest.arrays
+        whole = isinstance(found, dict) and all(isinstance(found.get(name), str) for name in names)
+        return {name: found[name] for name in names} if whole else None
 
     def rows(self, chunk: int) -> tuple[int, int]:
         """First row and one past the last row of a chunk."""

@@ -34,7 +34,14 @@ _ON_THE_WAY = ("chunks", "steps", "units")
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend: one line, shown without a traceback."""
+    """Something the person at the keyboard can mend: one line, shown without a traceback.
+
+    What a file put into the message stays text: line ends and controls of a terminal are written as escapes.
+    """
+
+    def __init__(self, message: str):
+        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        super().__init__("".join(shown))
 
 
 class Directory:
@@ -174,6 +181,19 @@ class ArraySpec:
         block_rows = max(fitting, default=1)
         return spec if block_rows == whole else dataclasses.replace(spec, block_rows=block_rows)
 
+    def check(self, name: str) -> None:
+        """Raises `ValueError` for what no array of that name can be."""
+        if not re.fullmatch(r"\w+", name):
+            raise ValueError(f"an array is named {name!r}")
+        counts = (*self.shape, self.chunk_rows, self.block_rows)
+        if not self.shape or not all(type(n) is int and 0 <= n < 1 << 48 for n in counts):
+            raise ValueError(f"{name} has shape {self.shape}")
+        known = self.dtype == "bfloat16" or as_dtype(self.dtype).kind in "biuf"
+        if not known or math.prod(map(float, self.shape)) >= 1 << 60:
+            raise ValueError(f"{name} is {self.dtype} of shape {self.shape}")
+        if not self.chunk_rows or (self.block_rows and self.chunk_shape[0] % self.block_rows):
+            raise ValueError(f"{name} has chunks of {self.chunk_rows} rows, blocks of {self.block_rows}")
+
     @property
     def chunk_shape(self) -> tuple[int, ...]:
         return (min(self.chunk_rows, max(self.shape[0], 1)), *self.shape[1:])
@@ -193,6 +213,13 @@ class ArraySpec:
 def as_dtype(name: str) -> np.dtype:
     """The NumPy dtype of that name, bfloat16 included."""
     return np.dtype(getattr(ml_dtypes, name)) if name == "bfloat16" else np.dtype(name)
+
+
+class _Facts(dict):
+    """What a manifest that was read says: a name that is not there is for the user to mend."""
+
+    def __missing__(self, name: str) -> Any:
+        raise UserError(f"a manifest lacks {name!r}: delete its folder and run the stage again")
 
 
 @dataclasses.dataclass
@@ -227,7 +254,7 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":
         try:
-            fields = json.loads(text)
+            fields = json.loads(text, parse_float=_finite, parse_constant=_finite)
             if fields["schema"] != SCHEMA:
                 raise UserError(
                     f"{where} has schema {fields['schema']}, this version reads {SCHEMA}: "
@@ -241,11 +268,20 @@ class Manifest:
             for name in ("config", "parents", "checksums", "facts"):
                 if not isinstance(getattr(manifest, name), dict):
                     raise TypeError(f"{name} is no table")
+            for name, spec in arrays.items():
+                spec.check(name)
+            manifest.facts, manifest.config = _Facts(manifest.facts), _Facts(manifest.config)
             return manifest
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{where} is damaged ({first_line(error)}): delete its folder and run the stage again"
             ) from error
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return value
 
 
 def canonical_json(value: Any) -> str:
@@ -427,7 +463,10 @@ class Seal:
         data = directory.read(SEAL)
         if data is None:
             return None
-        fields = json.loads(data.decode())
+        try:
+            fields = json.loads(data)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
         if not isinstance(fields, dict) or not isinstance(fields.get("files"), dict):
             raise ValueError("no table of files")
         found = cls(fields["files"], fields.get("manifest"), fields.get("within"))

@@ -64,6 +64,7 @@ class Job:
     def __init__(self, workdir: Directory, config: Config):
         self.workdir, self.config = workdir, config
         self._manifests: dict[str, Manifest] = {}
+        self._asked: list[str] = []
 
     def stream(self, split: str) -> TokenStream:
         """A split of the corpus."""
@@ -89,9 +90,16 @@ class Job:
             paths = {
                 parent: "corpus/vocabulary" if parent == "vocabulary" else parent for parent in found.parents
             }
+            for path in paths.values():
+                if path.startswith("/") or ".." in path.split("/") or path in (name, *self._asked):
+                    raise UserError(f"{directory} names {path!r} as its parent: delete it and make it again")
             # What is no longer there (a datastore is large) cannot be compared.
             there = {parent: path for parent, path in paths.items() if artifacts.peek(self.workdir / path)}
-            now = {parent: self.manifest(path).fingerprint for parent, path in there.items()}
+            self._asked.append(name)
+            try:
+                now = {parent: self.manifest(path).fingerprint for parent, path in there.items()}
+            finally:
+                self._asked.pop()
             artifacts.require_same(directory, found, Manifest(found.kind, found.config, now))
             self._manifests[name] = found
         return self._manifests[name]

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import gin
+from gin import config_parser
 
 from mlp_memory.artifacts import Directory, UserError, first_line
 from mlp_memory.config import Config
@@ -16,6 +17,8 @@ SAVED = "config.gin"
 """The workdir's file of the resolved config."""
 
 _PART = "part"
+_RUNS_PROGRAMS = ("fleet.options", "benchmark.lm_eval_include")
+"""Settings that name programs, or files that hold some: not taken from a workdir unasked."""
 
 SECTIONS = {
     field.name: gin.external_configurable(field.default_factory, name=field.name, module="mlp_memory")
@@ -51,8 +54,10 @@ def load_config(
     # gin logs every folder of its search path that does not hold an included file.
     logging.disable(logging.ERROR)
     try:
-        for text in saved:
-            gin.parse_config(_settings_alone((text or b"").decode(errors="replace"), f"{workdir}/{SAVED}"))
+        for data in saved:
+            text = (data or b"").decode()
+            _check_saved(text, f"{workdir}/{SAVED}")
+            gin.parse_config(text)
         gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
         return Config(**{name: section() for name, section in SECTIONS.items()})
     except UserError as error:
@@ -64,18 +69,42 @@ def load_config(
         logging.disable(logging.NOTSET)
 
 
-def _settings_alone(text: str, where: str) -> str:
-    """A workdir's own config, which nobody has to have read: it may set values and run nothing.
+class _Values(config_parser.ParserDelegate):
+    """What values of a saved config may name beside literals: a mixture's parts, and macros."""
 
-    Raises:
-      UserError: it imports or includes something.
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
+        if not evaluate or scoped_configurable_name.split("/")[-1] != _PART:
+            raise ValueError(f"@{scoped_configurable_name}")
+        return scoped_configurable_name
+
+    def macro(self, macro_name: str) -> str:
+        return macro_name
+
+
+def _check_saved(text: str, where: str) -> None:
+    """Raises `UserError` unless a saved config is only values of our own settings.
+
+    Gin files are code: they import modules, include other files and call what these define. A workdir is
+    data, perhaps someone else's, so of its config only what `resolved_gin` writes is taken.
     """
-    for number, line in enumerate(text.splitlines(), 1):
-        if re.match(r"\s*(import|include|from)\b", line):
-            raise UserError(
-                f"{where}, line {number}: {line.strip()[:60]!r} is no setting; give the recipe as --gin_file"
-            )
-    return text
+    wrong = ""
+    try:
+        for statement in config_parser.ConfigParser(text, _Values()):
+            if not isinstance(statement, config_parser.BindingStatement):
+                wrong = type(statement).__name__.removesuffix("Statement").lower()
+            elif statement.selector not in (*SECTIONS, _PART, "macro", "") and statement.arg_name:
+                wrong = f"{statement.selector}.{statement.arg_name}"
+            elif (name := f"{statement.selector}.{statement.arg_name}") in _RUNS_PROGRAMS and statement.value:
+                wrong = name
+            if wrong:
+                break
+    except Exception as error:  # the parser raises many kinds
+        wrong = first_line(error)
+    if wrong:
+        raise UserError(
+            f"{where} holds {wrong!r}, which could run programs or is damaged: "
+            "give the recipe by --gin_file, this file itself if you trust it"
+        )
 
 
 def _naming_part(error: UserError) -> str:

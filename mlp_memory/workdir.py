@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import Directory, UserError
+from mlp_memory.artifacts import Directory, UserError, first_line
 from mlp_memory.job import Job
 from mlp_memory.pipeline import STAGES, Stage
 
@@ -66,9 +66,12 @@ def timed(workdir: Directory, stage: Stage) -> Iterator[None]:
 def seconds_by_stage(workdir: Directory) -> dict[str, float]:
     """Seconds that each stage took, restarts added up."""
     found: dict[str, float] = {}
-    for line in (workdir.read(_TIMES) or b"").decode().splitlines():
-        entry = json.loads(line)
-        found[entry["stage"]] = found.get(entry["stage"], 0.0) + entry["seconds"]
+    try:
+        for line in (workdir.read(_TIMES) or b"").decode().splitlines():
+            entry = json.loads(line)
+            found[entry["stage"]] = found.get(entry["stage"], 0.0) + float(entry["seconds"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{workdir}/{_TIMES} is damaged ({first_line(error)}): delete it") from error
     return found
 
 

@@ -28,9 +28,13 @@ def parquet_values(path: Path, column: str) -> Iterator[tuple[int, bytes]]:
 
     # Pages are read as they are needed, instead of a row group's whole column at once.
     lazily = {"buffer_size": _READ_BYTES, "pre_buffer": False}
-    with _damage(path) as rows, pq.ParquetFile(path, page_checksum_verification=True, **lazily) as file:
-        _check_column(path, file.schema_arrow, column)
-        yield from rows.values(file.iter_batches(_BATCH_ROWS, columns=[column]), column)
+    with _damage(path) as rows:
+        with pq.ParquetFile(path) as file:
+            _check_column(path, file.schema_arrow, column)
+        # A text that a dictionary holds once stays there once, however many rows say it.
+        once = {"read_dictionary": [column], "page_checksum_verification": True}
+        with pq.ParquetFile(path, **lazily, **once) as file:
+            yield from rows.values(file.iter_batches(_BATCH_ROWS, columns=[column]), column)
 
 
 def arrow_values(path: Path, column: str) -> Iterator[tuple[int, bytes]]:
@@ -60,7 +64,7 @@ class _damage:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         import pyarrow as pa
 
-        if isinstance(error, pa.ArrowException | OSError | EOFError):
+        if isinstance(error, pa.ArrowException | OSError | EOFError | ValueError | KeyError):
             raise UserError(
                 f"{self._path}, row {self._row + 1}: cannot be read ({first_line(error)}): "
                 "the file is cut off or damaged, fetch or make it again"
@@ -68,12 +72,9 @@ class _damage:
 
     def values(self, batches: Any, column: str) -> Iterator[tuple[int, bytes]]:
         """Rows of the batches, with their numbers from 1."""
-        import pyarrow as pa
 
         for batch in batches:
-            # As bytes: pyarrow does not check that a text is UTF-8.
-            for value in batch.column(column).cast(pa.large_binary()):
-                data = value.as_py()
+            for data in _bytes_of(batch.column(column)):
                 if data is None:
                     raise UserError(
                         f"{self._path}, row {self._row + 1}: column {column!r} is null: "
@@ -81,6 +82,33 @@ class _damage:
                     )
                 self._row += 1
                 yield self._row, data
+
+
+def _bytes_of(texts: Any) -> Iterator[bytes | None]:
+    """The values of an array of texts as bytes: pyarrow does not check that a text is UTF-8.
+
+    Nor does it check an Arrow file's offsets, unless asked: those of a damaged one lead anywhere in memory.
+    """
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(texts.type):
+        texts.indices.validate(full=True)
+        held = list(_bytes_of(texts.dictionary))
+        for place in texts.indices:
+            index = place.as_py()
+            if index is not None and not 0 <= index < len(held):
+                raise pa.ArrowInvalid(f"text {index} of a dictionary of {len(held)}")
+            yield None if index is None else held[index]
+        return
+    plain = {
+        pa.string(): pa.binary(),
+        pa.large_string(): pa.large_binary(),
+        pa.string_view(): pa.binary_view(),
+    }
+    texts = texts.view(plain.get(texts.type, texts.type))
+    texts.validate(full=True)
+    for value in texts:
+        yield value.as_py()
 
 
 def _check_column(path: Path, schema: Any, column: str) -> None:
@@ -111,6 +139,8 @@ def dataset_files(folder: Path, split: str) -> list[Path]:
     """
     if is_dataset_dict(folder):
         names = _read_json(folder / "dataset_dict.json").get("splits") or []
+        if not isinstance(names, list):
+            raise UserError(f"{folder}/dataset_dict.json names no splits: save the dataset again")
         return dataset_files(folder / split, split) if split in names else []
     if not (folder / "state.json").is_file():
         raise UserError(f"{folder} has no state.json: give a folder that Dataset.save_to_disk wrote")
@@ -118,11 +148,16 @@ def dataset_files(folder: Path, split: str) -> list[Path]:
     if state.get("_indices_files") or state.get("_indices_data_files"):
         raise UserError(f"{folder} is a selection of rows: call flatten_indices() and save_to_disk again")
     try:
-        files = [folder / entry["filename"] for entry in state["_data_files"]]
+        names = [entry["filename"] for entry in state["_data_files"]]
+        if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+            raise UserError(
+                f"{folder}/state.json names {outside[0]!r}, a file elsewhere: save the dataset again"
+            )
+        files = [folder / name for name in names]
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder}/state.json names no data files: save the dataset again") from error
     for file in files:
-        if not file.is_file():
+        if len(file.name.encode(errors="replace")) > 255 or not file.is_file():
             raise UserError(f"{file}, which state.json names, does not exist: save the dataset again")
     return files
 
@@ -130,7 +165,7 @@ def dataset_files(folder: Path, split: str) -> list[Path]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}): save the dataset again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is a JSON {type(value).__name__}, not an object: save the dataset again")

@@ -31,6 +31,8 @@ class SourceConfig:
         train_files by hash. With validation_files alone its documents are shared half and
         half between validation and test.
       text_field: the field or column that holds the text.
+      max_document_mb: a line or a document of more megabytes is refused before memory is full of it: a small
+        packed file can hold a line without end. Files may be of any length.
       fraction: share of the train documents kept, chosen by a stable hash; a larger share
         holds every document of a smaller one.
       validation_fraction, test_fraction: shares of the documents, by hash, where a split
@@ -48,6 +50,7 @@ class SourceConfig:
     validation_files: tuple[str, ...] = ()
     test_files: tuple[str, ...] = ()
     text_field: str = "text"
+    max_document_mb: int = runtime(1024)
     fraction: float = 1.0
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
@@ -77,6 +80,8 @@ class SourceConfig:
             raise UserError(f"source {self.source!r} needs train_files: give {what}")
         if not isinstance(self.text_field, str) or not self.text_field:
             raise UserError(f"text_field = {self.text_field!r}: give the name of a field or column")
+        if type(self.max_document_mb) is not int or self.max_document_mb < 1:
+            raise UserError(f"max_document_mb = {self.max_document_mb!r}: give a whole number, 1 or more")
         if not _is_number(self.fraction) or not 0 < self.fraction <= 1:
             raise UserError(f"fraction = {self.fraction!r}: give a number above 0 and at most 1")
         for name in ("validation_fraction", "test_fraction"):

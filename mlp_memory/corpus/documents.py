@@ -21,6 +21,8 @@ from mlp_memory.corpus.config import SPLITS, SourceConfig
 
 _PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
+_MEGABYTE = 1_000_000
+
 Files = dict[str, list[Path | str]]
 """Group -> its files, or its splits with "tfds". A group is "train", "validation" or "test",
 after "NAME/" for a mixture's part."""
@@ -153,11 +155,11 @@ def read_file(source: SourceConfig, path: Path | str) -> Iterator[str]:
 
 
 def _whole_file(source: SourceConfig, path: Path) -> Iterator[str]:
-    yield _decode(path, 1, b"".join(line for _, line in _lines(path)))
+    yield _decode(path, 1, b"".join(line for _, line in _bounded(source, path, _lines(source, path))))
 
 
 def _json_lines(source: SourceConfig, path: Path) -> Iterator[str]:
-    for number, line in _lines(path):
+    for number, line in _lines(source, path):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line.strip():
@@ -165,7 +167,14 @@ def _json_lines(source: SourceConfig, path: Path) -> Iterator[str]:
 
 
 def _wikitext(source: SourceConfig, path: Path) -> Iterator[str]:
-    yield from wikitext.articles(_decode(path, number, line) for number, line in _lines(path))
+    lines = (_decode(path, number, line) for number, line in _lines(source, path))
+    number = 1
+    try:
+        for article in wikitext.articles(lines, source.max_document_mb * _MEGABYTE):
+            yield article
+            number += article.count("\n")
+    except OverflowError as error:
+        raise _too_long(source, f"{path}, line {number}: the article") from error
 
 
 def _parquet(source: SourceConfig, path: Path) -> Iterator[str]:
@@ -197,13 +206,32 @@ def _open(path: Path) -> BinaryIO:
     return (opener or open)(path, "rb")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _too_long(source: SourceConfig, what: str) -> UserError:
+    limit = f"max_document_mb = {source.max_document_mb}"
+    return UserError(f"{what} is longer than {limit} allows: set it higher if that is meant")
+
+
+def _bounded(
+    source: SourceConfig, path: Path, lines: Iterator[tuple[int, bytes]]
+) -> Iterator[tuple[int, bytes]]:
+    """Lines that are one document."""
+    size = 0
+    for number, line in lines:
+        size += len(line)
+        if size > source.max_document_mb * _MEGABYTE:
+            raise _too_long(source, f"{path}, line {number}: the document")
+        yield number, line
+
+
+def _lines(source: SourceConfig, path: Path) -> Iterator[tuple[int, bytes]]:
     """Lines with their numbers from 1, their ends kept."""
-    number = 0
+    number, most = 0, source.max_document_mb * _MEGABYTE
     try:
         with _open(path) as file:
-            for line in file:
+            while line := file.readline(most + 1):
                 number += 1
+                if len(line) > most:
+                    raise _too_long(source, f"{path}, line {number}: the line")
                 yield number, line
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise UserError(
@@ -236,7 +264,7 @@ def _field(path: Path, number: int, line: str, name: str) -> str:
     where = f"{path}, line {number}"
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({first_line(error)}): mend or delete the line") from error
     if not isinstance(value, dict):
         raise UserError(f"{where}: a JSON {type(value).__name__}, not an object: one {{...}} a line is read")

@@ -1,9 +1,11 @@
 """Tokenizers of the `tokenizers` library: a tokenizer.json, or GPT-2's vocabulary and merges."""
 
+import contextlib
 import itertools
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tokenizers
@@ -17,6 +19,9 @@ _ESCAPE = "\uf8fd"
 _ESCAPED = re.compile(f"{_ESCAPE}([0-9a-f]*){_ESCAPE}")
 # A vocabulary that lacks more is not one of bytes.
 _MOST_MISSING_BYTES = 64
+# A chain of replacements, each by a longer text, multiplies a text's length; real ones hardly change it.
+_MOST_GROWTH = 1 << 12
+_STEPS = ("normalizer", "normalizers", "pre_tokenizer", "pretokenizers", "decoder", "decoders")
 
 
 class JsonTokenizer:
@@ -33,8 +38,8 @@ class JsonTokenizer:
     bos: int | None = None
     eos: int | None = None
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, lossless: bool):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: tokenizers.Tokenizer, name: str, lossless: bool):
+        self._tokenizer, self._where = tokenizer, name
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if hasattr(tokenizer.model, "dropout"):
@@ -48,20 +53,19 @@ class JsonTokenizer:
     @classmethod
     def from_json(cls, data: bytes, name: str, lossless: bool = True) -> "JsonTokenizer":
         """A tokenizer.json."""
-        try:
-            return cls(tokenizers.Tokenizer.from_str(data.decode()), lossless)
-        except Exception as error:  # the library raises bare ones
-            raise UserError(f"{name} is not a tokenizer.json ({first_line(error)})") from error
+        with _refused(f"{name} is not a tokenizer.json"):
+            text = data.decode()
+            if (growth := _growth(json.loads(text))) > _MOST_GROWTH:
+                raise ValueError(f"its replacements make a text up to {growth} times as long")
+            return cls(tokenizers.Tokenizer.from_str(text), name, lossless)
 
     @classmethod
     def from_pair(cls, vocabulary: bytes, merges: bytes, name: str, lossless: bool = True) -> "JsonTokenizer":
         """GPT-2's byte-level BPE: token -> id as JSON, and one merge a line."""
-        try:
+        with _refused(f"{name} are not a byte-level BPE"):
             token_ids: dict[str, Any] = json.loads(vocabulary)
             rules = _merges(merges.decode())
             model = tokenizers.models.BPE(token_ids, rules)
-        except Exception as error:  # the library raises bare ones
-            raise UserError(f"{name} are not a byte-level BPE ({first_line(error)})") from error
         if len(missing := _missing_bytes(token_ids)) > _MOST_MISSING_BYTES:
             raise UserError(
                 f"{name} are not a byte-level BPE (they lack {len(missing)} bytes): "
@@ -70,16 +74,18 @@ class JsonTokenizer:
         tokenizer = tokenizers.Tokenizer(model)
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
-        return cls(tokenizer, lossless)
+        return cls(tokenizer, name, lossless)
 
     def encode(self, text: str) -> list[int]:
         if self._missing_bytes:
             text = self._escape(text)
         # The library's fast way leaves out offsets, and is there for batches alone.
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        with _refused(f"{self._where} cannot encode a text of {len(text)} characters"):
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=False)
+        with _refused(f"{self._where} cannot decode {len(ids)} tokens"):
+            text = self._tokenizer.decode(ids, skip_special_tokens=False)
         return _ESCAPED.sub(_unescape, text) if self._missing_bytes else text
 
     def _escape(self, text: str) -> str:
@@ -102,7 +108,34 @@ class JsonTokenizer:
 
     def id_of(self, token: str) -> int | None:
         """The id of a token, or None."""
-        return self._tokenizer.token_to_id(token)
+        with _refused(f"{self._where}: {token!r} names no token"):
+            return self._tokenizer.token_to_id(token)
+
+
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Makes whatever the library raises a `UserError`: bare exceptions, and panics, which are none."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what} ({first_line(error)}): fetch it again, or give another tokenizer") from error
+
+
+def _growth(part: Any) -> int:
+    """How many times as long all replacements of a tokenizer.json can make a text, at most."""
+    if isinstance(part, list):
+        return math.prod(map(_growth, part))
+    if not isinstance(part, dict):
+        return 1
+    inner = math.prod(_growth(value) for key, value in part.items() if key in _STEPS)
+    content = part.get("content")
+    return (
+        inner * max(len(content), 1) if part.get("type") == "Replace" and isinstance(content, str) else inner
+    )
 
 
 def _merges(text: str) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 
 import sentencepiece
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from mlp_memory.artifacts import UserError
@@ -31,14 +32,15 @@ class SentencePieceModel:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
-        except RuntimeError as error:
+            proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+            ids = range(self._processor.vocab_size())
+            self._characters = {c for token in ids for c in self._processor.id_to_piece(token)}
+        except (RuntimeError, DecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{name} is not a SentencePiece model ({len(model)} bytes)") from error
         self.size: int = self._processor.vocab_size()
         self.bos = _id_or_none(self._processor.bos_id())
         self.eos = _id_or_none(self._processor.eos_id())
-        proto = sentencepiece_model_pb2.ModelProto.FromString(model)
         self._newline_stands_alone = _newline_stands_alone(proto)
-        self._characters = {c for piece in proto.pieces for c in piece.piece}
         # A model of ours has a rule for U+2581, one without byte pieces has no way to write it.
         self._escapes_space_sign = (
             lossless and proto.trainer_spec.byte_fallback and not proto.denormalizer_spec.precompiled_charsmap

@@ -85,10 +85,17 @@ class TokenStream:
         if data is None or hashlib.sha256(data).hexdigest() != manifest.facts.get("bounds_sha256"):
             state = "is missing" if data is None else "is damaged"
             raise UserError(f"{directory}/{BOUNDS_NAME} {state}: {again}")
-        bounds_D1 = np.frombuffer(data, "<i8").astype(np.int64)
-        rows = manifest.arrays["tokens"].shape[0]
-        if bounds_D1[0] != 0 or bounds_D1[-1] != rows or (np.diff(bounds_D1) < 1).any():
+        bounds_D1 = np.frombuffer(data[: len(data) // 8 * 8], "<i8").astype(np.int64)
+        spec = manifest.arrays.get("tokens")
+        if spec is None or len(spec.shape) != 1 or spec.dtype not in ("uint16", "uint32"):
+            raise UserError(f"{directory} holds no tokens: {again}")
+        rows = spec.shape[0]
+        ends = bounds_D1[[0, -1]].tolist() if len(bounds_D1) else []
+        if len(data) % 8 or ends != [0, rows] or (np.diff(bounds_D1) < 1).any():
             raise UserError(f"{directory}/{BOUNDS_NAME} does not fit {rows} tokens: {again}")
+        counts = [manifest.facts[name] for name in ("vocab_size", "words", "bytes")]
+        if not all(type(count) is int for count in counts):
+            raise UserError(f"{directory}/manifest.json has counts {counts}: {again}")
         tokens = TokenReader(directory, manifest.facts["vocab_size"])
         stream = cls(manifest, tokens, bounds_D1, _read_deleted(directory, manifest, len(bounds_D1) - 1))
         # Reading runs the checks; a long stream gets them chunk by chunk as it is read.

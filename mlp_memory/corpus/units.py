@@ -15,7 +15,6 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ import numpy as np
 from mlp_memory import artifacts
 from mlp_memory.artifacts import Directory, UserError
 from mlp_memory.corpus.vocabulary import Vocabulary
+from mlp_memory.npz import FAULTS, read_npz
 from mlp_memory.parallel.fleet import usable_cores
 from mlp_memory.training.progress import Progress
 
@@ -184,12 +184,18 @@ def _finished(store: Directory) -> dict[int, Encoded]:
 def _read(store: Directory, name: str) -> dict[str, np.ndarray] | None:
     data = store.read(name)
     try:
-        with np.load(io.BytesIO(data or b""), allow_pickle=False) as file:
-            contents = {key: file[key] for key in file.files}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile):
+        contents = read_npz(data or b"")
+    except FAULTS:
         return None
     wanted = {"tokens_T", *(field.name for field in dataclasses.fields(Encoded))}
-    return contents if wanted <= contents.keys() else None
+    if not wanted <= contents.keys():
+        return None
+    vectors = contents["tokens_T"], contents["lengths_D"]
+    if any(vector.ndim != 1 or vector.dtype.kind not in "iu" for vector in vectors):
+        return None
+    single = [contents[name] for name in ("number", "key", "num_bytes", "lossy")]
+    kinds = "".join(value.dtype.kind for value in single)
+    return contents if all(value.ndim == 0 for value in single) and kinds == "iUii" else None
 
 
 def _in_processes(make: functools.partial, units: Iterable[Unit], count: int) -> Iterator[Encoded]:

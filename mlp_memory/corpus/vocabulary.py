@@ -18,6 +18,8 @@ from mlp_memory.corpus.vocabulary_files import SENTENCEPIECE, TOKENIZER_JSON
 
 KIND = "vocabulary"
 _ADDED = "added_tokens.json"
+# Models get a row of their embedding for each id: a file that claims billions would fill the memory.
+_MOST_IDS = 1 << 24
 # What documents are bordered with where no file says so, the first that is there.
 _WELL_KNOWN = {
     "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>"),
@@ -84,6 +86,8 @@ class Vocabulary:
         self._tokenizer = _make_tokenizer(self.kind, files, name, lossless)
         self._added = _added_tokens(files, name, self._tokenizer.size)
         self.size: int = max([self._tokenizer.size, *(i + 1 for i in self._added)])
+        if self.size > _MOST_IDS:
+            raise UserError(f"{name} has ids up to {self.size - 1}, more than {_MOST_IDS}: fetch it again")
         self.bos, self.eos = self._borders(bos, eos)
 
     @classmethod
@@ -126,6 +130,8 @@ class Vocabulary:
         manifest = artifacts.require(directory, "tokenize")
         files = {}
         for name, sha256 in manifest.facts.get("files", {}).items():
+            if name not in vocabulary_files.KEPT_NAMES:
+                raise UserError(f"{directory} names {name!r}, no tokenizer's file: run tokenize again")
             data = directory.read(name)
             if data is None or hashlib.sha256(data).hexdigest() != sha256:
                 state = "is missing" if data is None else "is damaged"

@@ -14,6 +14,8 @@ VOCABULARY_NAMES = ("vocab.json", "encoder.json")
 MERGES_NAMES = ("merges.txt", "vocab.bpe")
 # What says which tokens are bos and eos; goes where the tokenizer goes.
 EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "added_tokens.json")
+KEPT_NAMES = (SENTENCEPIECE, TOKENIZER_JSON, BYTES, *VOCABULARY_NAMES, *MERGES_NAMES, *EXTRAS)
+"""Every name under which a vocabulary keeps a file."""
 # The word that stands for a vocabulary without files, and what is kept of it.
 BYTES_WORD = "bytes"
 _BYTES_NOTE = b"One token a byte: 0 pad, 1 eos, 2 unknown, then byte b is b + 3.\n"

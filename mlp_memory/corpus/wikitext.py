@@ -8,19 +8,27 @@ an empty one, ends with one more (`<eos>`, `</s>`). WikiText-103 has 217,646 in 
 from collections.abc import Iterable, Iterator
 
 
-def articles(lines: Iterable[str]) -> Iterator[str]:
+def articles(lines: Iterable[str], most: int | None = None) -> Iterator[str]:
     """The articles; joined they are the file again.
 
     An article begins at the blank line before its heading: ` = Title = ` between blank
     lines, where ` = = Section = = ` is a section's.
+
+    Raises:
+      OverflowError: an article has more than `most` characters.
     """
     article: list[str] = []
     pending: list[str] = []  # a blank line, and the heading that may follow it
+    size = 0
     for line in lines:
+        size += len(line)
+        if most is not None and size > most:
+            raise OverflowError("a long article")
         if len(pending) == 2 and not line.strip():
             if article:
                 yield "".join(article)
             article, pending = pending, [line]
+            size = sum(map(len, (*article, line)))
         elif not line.strip():
             article += pending
             pending = [line]

@@ -2,12 +2,12 @@
 
 import dataclasses
 import io
-import zipfile
 
 import numpy as np
 
 from mlp_memory.artifacts import Directory, Manifest, UserError, as_dtype, digest, first_line
 from mlp_memory.datastore.config import EmbedConfig
+from mlp_memory.npz import FAULTS, read_npz
 
 CODEC_NAME = "codec.npz"
 _CODES = 127
@@ -74,14 +74,25 @@ class Codec:
         np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})
         return file.getvalue()
 
+    def _check_shapes(self) -> None:
+        mean_D, components_DxE, scale_E = self.mean_D, self.components_DxE, self.scale_E
+        arrays = [array for array in (mean_D, components_DxE, scale_E) if array is not None]
+        wanted = [mean_D.shape] if mean_D is not None else []
+        wanted += [(*mean_D.shape, components_DxE.shape[1])] if components_DxE is not None else []
+        keys = wanted[-1][-1:] if wanted else ()
+        wanted += [keys] if scale_E is not None else []
+        if [array.shape for array in arrays] != wanted or any(array.dtype != np.float32 for array in arrays):
+            raise ValueError("its arrays do not fit each other")
+
     @classmethod
     def from_bytes(cls, dtype: str, data: bytes, where: str) -> "Codec":
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in arrays.files}
+            found = read_npz(data)
             explained, clipped = float(found.pop("explained")), float(found.pop("clipped"))
-            return cls(dtype, **found, explained=explained, clipped=clipped)
-        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+            codec = cls(dtype, **found, explained=explained, clipped=clipped)
+            codec._check_shapes()
+            return codec
+        except FAULTS as error:
             raise UserError(
                 f"{where} is damaged ({first_line(error)}): delete its folder and run embed again"
             ) from error

@@ -36,7 +36,9 @@ def draw(workdir: Directory, results: dict[str, Any] | None) -> None:
     findings = read_findings(workdir)
     if results is None and not findings:
         raise UserError(f"{workdir} holds no results: run `python -m mlp_memory evaluate` first, or a study")
-    scored = {} if results is None else results.get("test", {}).get("perplexity", {})
+    test = (results or {}).get("test")
+    scored = test.get("perplexity") if isinstance(test, dict) else None
+    scored = scored if isinstance(scored, dict) else {}  # what has another shape is refused below
     curves = {
         stage: read_metrics(workdir / folder)
         for stage, (folder, system) in _CURVES.items()
@@ -57,7 +59,7 @@ def read_results(workdir: Directory) -> dict[str, Any]:
     data = (workdir / "reports").read("results.json")
     try:
         results = None if data is None else json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         results = None
     if not isinstance(results, dict):
         state = "is missing" if data is None else "is damaged"
@@ -81,7 +83,7 @@ def _parsed(data: bytes, where: str) -> Findings:
     try:
         findings = Findings.from_json(json.loads(data))
         _check(findings)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise UserError(f"{where} is damaged ({what}): delete it, or run again what wrote it") from error
     return findings

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from mlp_memory.artifacts import Directory, UserError, first_line, peek
+from mlp_memory.artifacts import Directory, Manifest, UserError, first_line, peek
 from mlp_memory.index.codec import NORM_CODES, Codebook, Space, half_sqnorm, nearest_leaves, norm_target
+from mlp_memory.npz import FAULTS, read_npy
 from mlp_memory.parallel.fleet import usable_cores
 
 GAPS = "rows_without_key.npy"
@@ -297,33 +298,37 @@ class ScannShard:
         manifest = peek(directory)
         if manifest is None or not manifest.finished:
             raise UserError(f"{directory} is missing: run `python -m mlp_memory index` first")
+        self._where = str(directory)
+        start, stop, sizes = _facts(directory, manifest)
         self._local = None
         if directory.is_local:
             path = directory.path
         else:
             self._local = tempfile.TemporaryDirectory(prefix="mlp-memory-index-")
             path = Path(self._local.name)
-            for name in manifest.facts["bytes"]:
+            for name in sizes:
                 (path / name).parent.mkdir(exist_ok=True)
                 (path / name).write_bytes(directory.read(name) or b"")
-        for name, size in manifest.facts["bytes"].items():
+        for name, size in sizes.items():
             found = (path / name).stat().st_size if (path / name).is_file() else None
             if found != size:
                 what = "is missing" if found is None else f"has {found} bytes, not {size}"
                 raise UserError(f"{directory}/{name} {what}: delete {directory} and run `index` again")
-        start, stop = manifest.facts["rows"]
         valid = np.ones(stop - start, bool)
-        valid[np.load(path / GAPS, allow_pickle=False) - start] = False
-        self._row_of_position = start + np.flatnonzero(valid)
         self._space, self._searcher = None, None
-        if len(self._row_of_position):
-            self._space = Space(np.load(path / SPACE, allow_pickle=False))
-            try:
+        try:
+            gaps_G = read_npy((path / GAPS).read_bytes())
+            if gaps_G.ndim != 1 or ((gaps_G < start) | (gaps_G >= stop)).any():
+                raise ValueError(f"{GAPS} names rows elsewhere")
+            valid[gaps_G - start] = False
+            self._row_of_position = start + np.flatnonzero(valid)
+            if len(self._row_of_position):
+                self._space = Space(read_npy((path / SPACE).read_bytes()))
                 self._searcher = load(path / FOLDER)
-            except (RuntimeError, ValueError) as error:
-                raise UserError(
-                    f"{directory} is damaged ({first_line(error)}): delete it and run `index` again"
-                ) from error
+        except FAULTS as error:
+            raise UserError(
+                f"{directory} is damaged ({first_line(error)}): delete it and run `index` again"
+            ) from error
         self.leaves: int = manifest.facts["leaves"]
 
     def search(self, queries_QxE: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -342,19 +347,39 @@ class ScannShard:
             )
         last_batch = len(lifted_QxE) % _BATCH_QUERIES
         filling = max(_LEAST_QUERIES - last_batch, 0) if last_batch else 0
-        position_Qxc, dots_Qxc = self._searcher.search_batched_parallel(
-            np.pad(lifted_QxE, ((0, filling), (0, 0)), mode="edge"),
-            min(k, keys),
-            *limits,
-            batch_size=_BATCH_QUERIES,
-        )
+        try:
+            position_Qxc, dots_Qxc = self._searcher.search_batched_parallel(
+                np.pad(lifted_QxE, ((0, filling), (0, 0)), mode="edge"),
+                min(k, keys),
+                *limits,
+                batch_size=_BATCH_QUERIES,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{self._where} is damaged: {first_line(error)}; run `index` again") from error
         position_Qxc, dots_Qxc = position_Qxc[: len(lifted_QxE)], dots_Qxc[: len(lifted_QxE)]
+        if position_Qxc.size and int(position_Qxc.max()) >= keys:
+            raise UserError(f"{self._where} is damaged: it finds a row it does not have; run `index` again")
         # ScaNN pads with position 0 and NaN.
         found_Qxc = ~np.isnan(dots_Qxc)
         count = dots_Qxc.shape[1]
         sqdist_Qxk[:, :count] = np.where(found_Qxc, self._space.sqdist(lifted_QxE, dots_Qxc), np.inf)
         rows_Qxk[:, :count] = np.where(found_Qxc, self._row_of_position[position_Qxc.astype(np.int64)], -1)
         return rows_Qxk, sqdist_Qxk
+
+
+def _facts(directory: Directory, manifest: Manifest) -> tuple[int, int, dict[str, int]]:
+    """First row, one past the last, and the files' sizes by name.
+
+    Raises:
+      UserError: they are those of no shard.
+    """
+    names = {GAPS, SPACE, *(f"{FOLDER}/{name}" for name in (*_ASSETS, _CONFIG))}
+    rows, sizes = manifest.facts["rows"], manifest.facts["bytes"]
+    whole = isinstance(rows, list) and len(rows) == 2 and all(type(row) is int for row in rows)
+    whole = whole and type(manifest.facts["leaves"]) is int and manifest.facts["leaves"] >= 0
+    if not (whole and 0 <= rows[0] <= rows[1] and isinstance(sizes, dict) and names >= sizes.keys()):
+        raise UserError(f"{directory}/manifest.json is damaged: delete {directory} and run `index` again")
+    return *rows, sizes
 
 
 def load(folder: Path, names: list[Any] | None = None) -> Any:

@@ -42,6 +42,8 @@ class Index:
         facts: dict[str, Any],
     ):
         self.facts, self.shards = facts, shards
+        if not all(type(facts.get(name, 0)) is int for name in ("leaves_to_search", "reorder")):
+            raise UserError(f"{directory}/manifest.json is damaged: delete {directory} and run `index` again")
         equal = (shard_rows(len(valid_N), shards, s) for s in range(shards))
         self.ranges = [(start, stop) for start, stop in facts.get("ranges", equal)]
         self.leaves_to_search, self.reorder = facts.get("leaves_to_search", 0), facts.get("reorder", 0)

@@ -290,7 +290,10 @@ def read_memory_config(
                 "give a decoder's or a memory's folder"
             )
     dim, hidden = specs[first]  # [in, out] in GPT-2's style; down_proj is [dim, hidden] in Llama's
-    layers = 1 + max(int(name.split(".")[1]) for name in specs if name.startswith(("h.", "layers.")))
+    numbers = {name.split(".")[1] for name in specs if name.startswith(("h.", "layers."))}
+    layers = len(numbers)
+    if numbers != {str(i) for i in range(layers)}:
+        raise UserError(f"{where}: its layers are not 0 to {layers - 1}: fetch it again")
     vocab_size = specs["lm_head.weight"][0]
     input_dim = specs.get("embedding_transform.weight", (dim, dim))[-1]
     names = {
@@ -304,12 +307,15 @@ def read_memory_config(
             )
     _Settings(config, {}, where).only("activation_function", None, *_TANH_GELU)
     _Settings(config, {}, where).only("hidden_act", None, "silu")
+    epsilon = config.get(names[3]) or (1e-5 if style == "gpt2" else 1e-6)
+    if not isinstance(epsilon, int | float) or not 0 < epsilon < 1:
+        raise UserError(f"{where}: {names[3]} = {epsilon!r} is no small number: use the right config")
     return MemoryConfig(
         style=style,
         layers=layers,
         dim=dim,
         ffn_dim=hidden,
-        norm_epsilon=float(config.get(names[3]) or (1e-5 if style == "gpt2" else 1e-6)),
+        norm_epsilon=float(epsilon),
         input_dim=input_dim,
         vocab_size=vocab_size,
     )

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlp_memory.artifacts import UserError, first_line
 from mlp_memory.corpus import sentencepiece_pieces
+from mlp_memory.interchange import gguf_header
 from mlp_memory.interchange.rotary_order import halves_from_pairs
 from mlp_memory.interchange.safetensors_file import TensorSpec
 
@@ -66,6 +67,7 @@ class GgufFile:
     def __init__(self, path: Path):
         self._path = path
         try:
+            gguf_header.check(path)
             reader = gguf.GGUFReader(path)
             self._fields = {name: field.contents() for name, field in reader.fields.items()}
             self._tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -77,10 +79,15 @@ class GgufFile:
                 f"{path}: architecture {architecture!r} is not supported, only {', '.join(_ARCHITECTURES)}"
             )
         self._architecture: str = architecture
-        self.config = self._read_config()
-        self._names = self._hugging_face_names()
-        self.specs = {ours: TensorSpec(self._shape(ours), "float32") for ours in self._names}
-        self.files = self._read_tokenizer()
+        try:
+            self.config = self._read_config()
+            self._names = self._hugging_face_names()
+            self.specs = {ours: TensorSpec(self._shape(ours), "float32") for ours in self._names}
+            self.files = self._read_tokenizer()
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+            raise UserError(
+                f"{path}: its metadata fit no {architecture} ({first_line(error)}): fetch it again"
+            ) from error
 
     def __str__(self) -> str:
         return str(self._path)
@@ -90,11 +97,11 @@ class GgufFile:
         tensor = self._tensors[self._names[name]]
         try:
             array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+            array = array.reshape(tuple(int(n) for n in reversed(tensor.shape)))
         except (NotImplementedError, ValueError) as error:
             raise UserError(
                 f"{self._path}: tensor {name!r} is {tensor.tensor_type.name}: {first_line(error)}"
             ) from error
-        array = array.reshape(tuple(int(n) for n in reversed(tensor.shape)))
         if self._architecture == "llama":
             for part, key in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
                 if f"self_attn.{part}." in name:
@@ -160,6 +167,8 @@ class GgufFile:
     def _rope_factors(self, head_dim: int, base: float) -> dict[str, Any]:
         """Llama 3.1's rule, of which the file keeps only what came out for each frequency."""
         found = np.asarray(self._tensors[_ROPE_FACTORS].data, np.float32).reshape(-1)
+        if len(found) != head_dim // 2:
+            raise ValueError(f"{len(found)} rope factors for heads of {head_dim}")
         frequency = base ** -(np.arange(head_dim // 2) / (head_dim // 2))
         original = 8192
         kept = np.clip((original * frequency / (2 * np.pi) - 1.0) / 3.0, 0, 1)
@@ -181,6 +190,8 @@ class GgufFile:
     def _hugging_face_names(self) -> dict[str, str]:
         """Hugging Face name -> the file's, for every tensor that one exists for; others keep theirs."""
         layers = self.config.get("num_hidden_layers", self.config.get("n_layer"))
+        if not 0 < layers <= len(self._tensors):
+            raise ValueError(f"{layers} layers of {len(self._tensors)} tensors")
         table = gguf.get_tensor_name_map(_ARCHITECTURES[self._architecture], layers)
         gpt2 = self._architecture == "gpt2"
         ends = ("wte", "wpe", "ln_f") if gpt2 else ("embed_tokens", "norm")
@@ -209,6 +220,8 @@ class GgufFile:
         if kind is None:
             return {}
         tokens, kinds = self._need("tokenizer.ggml.tokens"), self._need("tokenizer.ggml.token_type")
+        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+            raise ValueError("tokenizer.ggml.tokens are no texts")
         special = {
             name: self._fields.get(f"tokenizer.ggml.{long}_token_id", -1)
             for name, long in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"))

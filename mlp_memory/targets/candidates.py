@@ -58,10 +58,14 @@ class CandidateLists:
             facts = json.loads(head)
             shape, dtype = (facts["queries"], facts["candidates"]), _ROW_DTYPE[facts["row_bytes"]]
             expected = facts["sha256"]
-        except (ValueError, KeyError, TypeError):
+            if not all(type(n) is int and n >= 0 for n in shape):
+                return None
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
         data = memoryview(file)[len(head) + 1 :]
         if hashlib.sha256(data).hexdigest() != expected:
+            return None
+        if len(data) != shape[0] * shape[1] * (dtype.itemsize + 4):
             return None
         split = shape[0] * shape[1] * dtype.itemsize
         rows_QxC = np.frombuffer(data[:split], dtype).reshape(shape)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import tensorboardX
 
-from mlp_memory.artifacts import Directory
+from mlp_memory.artifacts import Directory, UserError, first_line
 
 _FILE = "metrics.jsonl"
 
@@ -49,6 +49,16 @@ class Metrics:
 
 
 def read_metrics(directory: Directory) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; empty where there are none."""
+    """The lines of metrics.jsonl; empty where there are none.
+
+    Raises:
+      UserError: the file is damaged.
+    """
     data = directory.read(_FILE)
-    return [] if data is None else [json.loads(line) for line in data.decode().splitlines()]
+    try:
+        lines = [json.loads(line) for line in (data or b"").decode().splitlines()]
+        if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in lines):
+            raise ValueError("a line tells of no step")
+        return lines
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{directory}/{_FILE} is damaged ({first_line(error)}): delete it") from error

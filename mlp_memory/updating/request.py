@@ -110,7 +110,7 @@ def read_record(workdir: Directory) -> dict[str, Any] | None:
         return None
     try:
         return dict(json.loads(data))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"{workdir}/{RECORD} is damaged ({first_line(error)}): run `update` afresh"
         ) from error
@@ -119,7 +119,7 @@ def read_record(workdir: Directory) -> dict[str, Any] | None:
 def _difference(found: bytes, wanted: dict[str, Any]) -> str:
     try:
         before = dict(json.loads(found))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return "something else (its update.json is damaged)"
     name = next((name for name in wanted if before.get(name) != wanted[name]), "something")
     value = before.get(name)

@@ -132,5 +132,5 @@ def test_a_workdirs_own_config_sets_values_and_runs_nothing(line, tmp_path):
     (tmp_path / "config.gin").write_text(saved)
     assert load_config([], [], Directory(tmp_path)).decoder.layers == 3
     (tmp_path / "config.gin").write_text(f"{saved}{line}\n")
-    with pytest.raises(UserError, match=r"config\.gin, line 2: .* is no setting"):
+    with pytest.raises(UserError, match=r"config\.gin holds .*: give the recipe by --gin_file"):
         load_config([], [], Directory(tmp_path))

@@ -197,6 +197,8 @@ def made(task: Task, rows: Iterable[Row]) -> tuple[list[Example], Counts]:
             examples.append(task.make(row))
         except Unusable as unusable:
             counts.note(row, str(unusable), unusable.by_definition)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            counts.note(row, f"malformed row: {type(error).__name__}", False)
     counts.examples = len(examples)
     return examples, counts
 

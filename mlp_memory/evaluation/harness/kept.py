@@ -9,6 +9,7 @@ import numpy as np
 
 from mlp_memory.artifacts import Directory, digest
 from mlp_memory.inference.continuations import Partner, Scored
+from mlp_memory.npz import FAULTS, read_npz
 from mlp_memory.training.progress import Progress
 
 Pair = tuple[str, str]
@@ -63,10 +64,10 @@ class Kept:
     ) -> list[Any]:
         keys = [f"{name}-{n:04d}-{digest(self._asked(chunk))}" for n, chunk in enumerate(chunks)]
         found = [self._directory.read(key) for key in keys]
-        missing = [n for n, data in enumerate(found) if data is None]
+        parts = [None if data is None else _readable(read, data) for data in found]
+        missing = [n for n, part in enumerate(parts) if part is None]  # what cannot be read is asked again
         total = sum(map(len, chunks))
         done = total - sum(len(chunks[n]) for n in missing)
-        parts = [None if data is None else read(data) for data in found]
         if missing:
             with Progress(f"benchmark: {what}", total, "requests", done=done) as bar:
                 for n in missing:
@@ -77,6 +78,13 @@ class Kept:
 
     def _asked(self, chunk: list[Any]) -> bytes:
         return json.dumps([self._settings, chunk]).encode()
+
+
+def _readable(read: Callable[[bytes], Any], data: bytes) -> Any | None:
+    try:
+        return read(data)
+    except (*FAULTS, RecursionError):
+        return None
 
 
 def _chunks(pairs: Sequence[Pair], size: int) -> list[list[Pair]]:
@@ -100,10 +108,15 @@ def _to_bytes(scored: Scored) -> bytes:
 
 
 def _from_bytes(data: bytes) -> Scored:
-    with np.load(io.BytesIO(data)) as arrays:
-        names = dict.fromkeys(key.split("/")[0] for key in arrays if "/" in key)
-        partners = {
-            name: Partner(**{key.split("/")[1]: arrays[key] for key in arrays if key.startswith(f"{name}/")})
-            for name in names
-        }
-        return Scored(arrays["counts"], arrays["base"], arrays["greedy"], partners)
+    arrays = read_npz(data)
+    names = dict.fromkeys(key.split("/")[0] for key in arrays if "/" in key)
+    partners = {
+        name: Partner(**{key.split("/")[1]: arrays[key] for key in arrays if key.startswith(f"{name}/")})
+        for name in names
+    }
+    tokens = (int(arrays["counts"].sum()),)
+    if arrays["counts"].ndim != 1 or any(
+        array.shape != tokens for name, array in arrays.items() if name != "counts"
+    ):
+        raise ValueError("arrays of unequal lengths")
+    return Scored(arrays["counts"], arrays["base"], arrays["greedy"], partners)

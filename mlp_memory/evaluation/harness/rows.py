@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 from mlp_memory.artifacts import UserError, first_line
 
-_PACKED = {".gz": gzip.decompress, ".xz": lzma.decompress, ".bz2": bz2.decompress}
+_PACKED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 _MOST_FIELD = 1 << 24
+_MOST_BYTES = 1 << 28
 
 
 class Row(NamedTuple):
@@ -59,8 +60,12 @@ def read(path: Path, columns: Sequence[str] = ()) -> list[Row]:
 
 def _text(path: Path) -> str:
     try:
-        data = path.read_bytes()
-        data = _PACKED[path.suffix](data) if path.suffix in _PACKED else data
+        if path.suffix in _PACKED and not path.stat().st_size:
+            raise EOFError("0 bytes")  # gzip takes an empty file for an empty text
+        with _PACKED.get(path.suffix, open)(path, "rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES >> 20} MiB, too much for a benchmark")
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}): fetch or make it again") from error
     try:
@@ -78,7 +83,9 @@ def _json(path: Path, text: str) -> Iterator[Row]:
         whole = json.loads(text)
     except RecursionError as error:
         raise UserError(f"{path}: nested too deeply: mend the file") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
+        if not isinstance(error, json.JSONDecodeError):  # a number of thousands of digits
+            raise UserError(f"{path}: not JSON ({first_line(error)}): mend the file") from error
         # Lines of objects look, as a whole, like an object with something after it.
         if not text.lstrip().startswith("{") or not error.msg.startswith("Extra data"):
             raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}): mend the file") from error
@@ -102,7 +109,7 @@ def _json_lines(path: Path, text: str) -> Iterator[Row]:
         if line.strip():
             try:
                 item = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{path}, line {number}: not JSON ({first_line(error)}): mend the line"
                 ) from error
