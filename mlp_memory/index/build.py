@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from mlp_memory.index.exact import Rows
 from mlp_memory.index.scann_shard import GAPS, Trained
 from mlp_memory.index.shards import Stream, checked_blocks, shard_name, shard_rows
 from mlp_memory.index.tuning import Structure
+from mlp_memory.npz import FAULTS, read_npy
 
 
 def build_shard(
@@ -118,7 +118,10 @@ def take_shard(directory: Directory, shard: int, source: Directory, stream: Stre
     if here is not None and here.finished and here.config == there.config and here.parents == parents:
         return
     start, stop = there.facts["rows"]
-    gaps = np.load(io.BytesIO(source.read(GAPS) or b""), allow_pickle=False)
+    try:
+        gaps = read_npy(source.read(GAPS) or b"")
+    except FAULTS as error:
+        raise UserError(f"{source}/{GAPS} is damaged: run `verify --repair` there first") from error
     had_key_S, has_key_S = np.ones(stop - start, bool), stream.has_next(start, stop)
     had_key_S[gaps - start] = False
     with _staging(directory, shard) as staging:

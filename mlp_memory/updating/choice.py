@@ -9,6 +9,7 @@ from mlp_memory.artifacts import Directory, UserError
 from mlp_memory.index.exact import Rows
 from mlp_memory.index.search import Index
 from mlp_memory.index.shards import single_rows
+from mlp_memory.npz import FAULTS, read_npz
 from mlp_memory.targets.asked import ChosenBlocks, Source
 from mlp_memory.updating.config import UpdateConfig
 
@@ -113,9 +114,8 @@ def read(directory: Directory) -> Choice | None:
     if (data := directory.read(NAME)) is None:
         return None
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return Choice(**{field.name: file[field.name] for field in dataclasses.fields(Choice)})
-    except Exception as error:  # zipfile, zlib and NumPy each have their own
-        raise UserError(
-            f"{directory}/{NAME} is damaged: delete {directory} and run `update` again"
-        ) from error
+        arrays = read_npz(data)
+        return Choice(**{field.name: arrays[field.name] for field in dataclasses.fields(Choice)})
+    except FAULTS as error:
+        again = f"delete {directory} and run `update` again"
+        raise UserError(f"{directory}/{NAME} is damaged: {again}") from error
