@@ -55,7 +55,6 @@ class StepCheckpoints:
                 ]
             ),
             cleanup_tmp_directories=True,
-            context=_patient(),
         )
 
     @property
@@ -104,16 +103,6 @@ class StepCheckpoints:
             yield
         except (OSError, ValueError) as error:
             raise UserError(f"cannot save {self._directory}: {artifacts.first_line(error)}") from error
-
-
-_SAVE_SECONDS = 10**7
-"""After which Orbax gives a save up. It asks the time of day, so a clock that jumps must not reach it."""
-
-
-def _patient() -> ocp.Context:
-    context = ocp.Context()
-    context.async_options.timeout_secs = _SAVE_SECONDS
-    return context
 
 
 def _silence_failed_saves() -> None:
@@ -176,7 +165,7 @@ _LEAST_IN_FLIGHT = 1 << 26
 
 def _bounded(params: Any) -> ocp.Context:
     """Saving and loading that hold the largest parameter beside the model rather than a copy of it."""
-    context = _patient()
+    context = ocp.Context()
     # The files of a checkpoint are filled in memory, to 2 GB if not told otherwise.
     context.array.saving.ocdbt_target_data_file_size = _LEAST_IN_FLIGHT
     # Orbax wants the limit above what it lets through, not at it.
