@@ -60,7 +60,8 @@ def timed(workdir: Directory, stage: Stage) -> Iterator[None]:
         yield
     finally:
         line = json.dumps({"stage": stage.name, "seconds": round(time.monotonic() - start, 2)}) + "\n"
-        workdir.write(_TIMES, (workdir.read(_TIMES) or b"") + line.encode())
+        with contextlib.suppress(UserError):  # a full disk; what the stage itself says of it counts
+            workdir.write(_TIMES, (workdir.read(_TIMES) or b"") + line.encode())
 
 
 def seconds_by_stage(workdir: Directory) -> dict[str, float]:

@@ -4,9 +4,10 @@ Layout of a model artifact: `steps/` (training state, gone once finished), `mode
 result's parameters), `metrics.jsonl`, `manifest.json`.
 """
 
+import contextlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ class StepCheckpoints:
     def __init__(self, directory: Directory, keep: int):
         policies = ocp.training.preservation_policies
         self._directory = directory / "steps"
+        _silence_failed_saves()
         self._checkpointer = ocp.training.Checkpointer(
             self._directory.location,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -74,17 +76,16 @@ class StepCheckpoints:
         return max(self._validated(), key=lambda found: found[0])
 
     def _validated(self) -> list[tuple[int, dict[str, float]]]:
-        self._checkpointer.wait()
+        with self._saving():
+            self._checkpointer.wait()
         found = (c for c in self._checkpointer.checkpoints if c.metrics is not None)
         return [(c.step, {k: v for k, v in c.metrics.items() if k != "step"}) for c in found]
 
     def save(self, step: int, state: Any, figures: dict[str, float] | None) -> None:
         """Starts a save with its validation figures; returns before it is on disk."""
-        try:
-            metrics = None if figures is None else {**figures, "step": step}
+        metrics = None if figures is None else {**figures, "step": step}
+        with self._saving():
             self._checkpointer.save_async(step, state, metrics=metrics)
-        except OSError as error:
-            raise UserError(f"cannot save {self._directory}: {artifacts.first_line(error)}") from error
 
     def load(self, step: int, abstract: Any) -> Any:
         """The state of a step, in the shapes and shardings of `abstract`."""
@@ -92,10 +93,21 @@ class StepCheckpoints:
 
     def close(self) -> None:
         """Waits until every save is on disk."""
-        try:
+        with self._saving():
             self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """What goes wrong with a save, this one or one before, in one line."""
+        try:
+            yield
         except (OSError, ValueError) as error:
             raise UserError(f"cannot save {self._directory}: {artifacts.first_line(error)}") from error
+
+
+def _silence_failed_saves() -> None:
+    """Orbax logs a traceback of a failed save from its threads, and raises it again in ours."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def _of_process_0(step: int) -> int:

@@ -323,7 +323,12 @@ def two(campaign: Campaign) -> None:
                 "two at once", "all", "one line" if _one_line(done) else f"FAILED: {done.stderr[-300:]}"
             )
         time.sleep(0.5)
-    log += first.stderr.read()
+    said = first.stderr.read()
+    if "is at work in" in said:  # the second came between two stages of the first
+        refused += 1
+        done = subprocess.CompletedProcess(first.args, first.returncode, "", said)
+        campaign.count("two at once", "all", "one line" if _one_line(done) else f"FAILED: {said[-300:]}")
+    log += said
     verdict = campaign.verdict(workdir, campaign.run(workdir), log)
     campaign.count("two at once", "all", verdict if refused else f"FAILED: never refused, {verdict}")
 
@@ -335,7 +340,11 @@ def clock(campaign: Campaign) -> None:
     site.mkdir(exist_ok=True)
     (site / "sitecustomize.py").write_text(_SITE)
     path = os.pathsep.join([str(site), campaign.environment()["PYTHONPATH"]])
-    campaign.count("clock jumps", "all", campaign.verdict(workdir, campaign.run(workdir, PYTHONPATH=path)))
+    done = campaign.run(workdir, PYTHONPATH=path)
+    if _one_line(done):  # Orbax times its saves by the clock
+        campaign.count("clock jumps", _stage(done.stdout), "one line")
+        done = campaign.run(workdir)
+    campaign.count("clock jumps", "all", campaign.verdict(workdir, done))
 
 
 def lost(campaign: Campaign) -> None:

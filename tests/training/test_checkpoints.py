@@ -1,5 +1,7 @@
 """Published models: what is saved comes back, whatever its size, and is told from any other."""
 
+import resource
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -63,3 +65,23 @@ def test_parameters_other_than_those_saved_are_refused(randomize, mesh: Mesh, tm
     checkpoints.restore(directory, now, abstract, mesh)
     with pytest.raises(UserError, match="is not what was saved"):
         checkpoints.restore(directory, before, abstract, mesh)
+
+
+def _save_twice(directory: Directory) -> None:
+    steps = checkpoints.StepCheckpoints(directory, keep=1)
+    for step in (1, 2):
+        steps.save(step, {"x": jnp.arange(1 << 16, dtype=jnp.float32)}, {"validation_loss": 1.0})
+    assert steps.best()[0] == 1
+    steps.close()
+
+
+def test_a_save_that_the_disk_refuses_is_one_line_whichever_call_meets_it(tmp_path, capfd) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"^cannot save .*steps: ") as refused:
+            _save_twice(Directory(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(refused.value)
+    assert "Traceback" not in capfd.readouterr().err
