@@ -45,8 +45,10 @@ def _open(directory: Directory, name: str, spec: ArraySpec, create: bool) -> ts.
         },
     }
     try:
+        # Metadata nested too deeply would overflow tensorstore's stack; Python's parser refuses them.
+        json.loads((directory / name).read("zarr.json") or b"{}")
         return ts.open(found, open=True, create=create).result()
-    except (ValueError, NotImplementedError, OverflowError) as error:
+    except (ValueError, NotImplementedError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{directory}/{name} is damaged: {first_line(error)}; delete {directory} and run again"
         ) from error

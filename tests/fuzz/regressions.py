@@ -129,6 +129,7 @@ REGRESSIONS: dict[str, dict[str, Make]] = {
     },
     "token_stream": {
         "another zarr.json": _seed("token_stream", 0, a__tokens__zarr_dot_json=b'{"data_type": 7}'),
+        "deep array metadata": _seed("token_stream", 2, a__tokens__zarr_dot_json=b"[" * DEEP + b"]" * DEEP),
         "a mark that is none": _seed("token_stream", 2, a__chunks__00000000_dot_json=b"\xe0{"),
         "bounds of seven bytes": _seed("token_stream", 0, a__bounds_dot_i64=bytes(7)),
         "no tokens": _seed("token_stream", 0, a__manifest_dot_json=_changed(lambda m: m | {"arrays": {}})),
