@@ -37,8 +37,10 @@ def metadata(spec: ArraySpec) -> bytes:
 
 def _open(directory: Directory, name: str, spec: ArraySpec, create: bool) -> ts.TensorStore:
     try:
+        # Metadata nested too deeply would overflow tensorstore's stack; Python's parser refuses them.
+        json.loads((directory / name).read(_METADATA) or b"{}")
         return _open_at((directory / name).kvstore.spec().to_json(), spec, create)
-    except (ValueError, NotImplementedError, OverflowError) as error:
+    except (ValueError, NotImplementedError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{directory}/{name} is damaged: {first_line(error)}; delete {directory} and run again"
         ) from error

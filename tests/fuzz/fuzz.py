@@ -29,7 +29,8 @@ from readers import READERS
 from regressions import REGRESSIONS
 
 SECONDS = 20
-HERE = Path(__file__).parent
+WORKER = Path(__file__).parent / "worker.py"
+ROOT = WORKER.parents[2]
 
 
 class Worker:
@@ -42,11 +43,11 @@ class Worker:
     def _start(self) -> None:
         temporary = self._scratch / "tmp"
         temporary.mkdir(exist_ok=True)
-        paths = os.pathsep.join([str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "TMPDIR": str(temporary), "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "worker.py"), ",".join(self._names)],
+                [sys.executable, str(WORKER), ",".join(self._names)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -111,7 +111,9 @@ REGRESSIONS: dict[str, dict[str, Make]] = {
         "a field that is no plain text": lambda: {"a.jsonl": b'{"\\ud800\\n\\u001b[31m": 1}\n'},
     },
     "text": {"a file without end, packed": lambda: {"a.txt.gz": _BOMB}},
-    "wikitext": {"an article without end": lambda: {"a.tokens.gz": gzip.compress(b"a b\n" * 4_000_000, 1)}},
+    "wikitext": {
+        "an article without end": lambda: {"a.tokens.gz": gzip.compress((b"a b " * 1000 + b"\n") * 3000, 1)}
+    },
     "arrow": {
         "a text that ends outside": _seed("arrow", 0, **{"data-00000-of-00001_dot_arrow": _wide_offsets}),
         "a file elsewhere": _seed(
@@ -129,6 +131,7 @@ REGRESSIONS: dict[str, dict[str, Make]] = {
     },
     "token_stream": {
         "another zarr.json": _seed("token_stream", 0, a__tokens__zarr_dot_json=b'{"data_type": 7}'),
+        "deep array metadata": _seed("token_stream", 2, a__tokens__zarr_dot_json=b"[" * DEEP + b"]" * DEEP),
         "a mark that is none": _seed("token_stream", 2, a__chunks__00000000_dot_json=b"\xe0{"),
         "bounds of seven bytes": _seed("token_stream", 0, a__bounds_dot_i64=bytes(7)),
         "no tokens": _seed("token_stream", 0, a__manifest_dot_json=_changed(lambda m: m | {"arrays": {}})),
