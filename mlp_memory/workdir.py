@@ -1,5 +1,6 @@
 """A workdir between stages: one process at a time, the time spent, what state it is in."""
 
+import contextlib
 import fcntl
 import json
 import os
