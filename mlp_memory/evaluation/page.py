@@ -44,7 +44,12 @@ def draw(workdir: Directory, results: dict[str, Any] | None) -> None:
         for stage, (folder, system) in _CURVES.items()
         if system in scored
     }
-    write_report(workdir / "reports", results, curves, findings=findings)
+    try:
+        write_report(workdir / "reports", results, curves, findings=findings)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, IndexError) as error:
+        raise UserError(
+            f"{workdir}: results or findings cannot be drawn ({first_line(error)}): run again what wrote them"
+        ) from error
 
 
 def read_results(workdir: Directory) -> dict[str, Any]:

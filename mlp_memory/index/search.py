@@ -40,10 +40,11 @@ class Index:
         config: dict[str, Any],
         facts: dict[str, Any],
     ):
+        counts = [shards, *(facts.get(name, 0) for name in ("leaves_to_search", "reorder"))]
+        if not all(type(n) is int and n >= 0 for n in counts) or shards > max(len(valid_N), 1):
+            raise UserError(f"{directory}/manifest.json is damaged: delete {directory} and run `index` again")
         self.facts, self.shards = facts, shards
         self.ranges = [shard_rows(len(valid_N), shards, s) for s in range(shards)]
-        if not all(type(facts.get(name, 0)) is int for name in ("leaves_to_search", "reorder")):
-            raise UserError(f"{directory}/manifest.json is damaged: delete {directory} and run `index` again")
         self.leaves_to_search, self.reorder = facts.get("leaves_to_search", 0), facts.get("reorder", 0)
         self._directory, self._keys, self._valid_N, self._mesh = directory, keys, valid_N, mesh
         self._backend, self._approximate_recall = config["backend"], config["approximate_recall"] or None
