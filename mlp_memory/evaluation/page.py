@@ -45,7 +45,12 @@ def draw(workdir: Directory, results: dict[str, Any] | None) -> None:
         if system in scored
     }
     reports = workdir / "reports"
-    write_report(reports, results, curves, findings=findings)
+    try:
+        write_report(reports, results, curves, findings=findings)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, IndexError) as error:
+        raise UserError(
+            f"{workdir}: results or findings cannot be drawn ({first_line(error)}): run again what wrote them"
+        ) from error
     if (made := peek(reports)) is not None and made.finished:
         seal(reports, made)
 

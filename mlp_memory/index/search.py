@@ -41,9 +41,10 @@ class Index:
         config: dict[str, Any],
         facts: dict[str, Any],
     ):
-        self.facts, self.shards = facts, shards
-        if not all(type(facts.get(name, 0)) is int for name in ("leaves_to_search", "reorder")):
+        counts = [shards, *(facts.get(name, 0) for name in ("leaves_to_search", "reorder"))]
+        if not all(type(n) is int and n >= 0 for n in counts) or shards > max(len(valid_N), 1):
             raise UserError(f"{directory}/manifest.json is damaged: delete {directory} and run `index` again")
+        self.facts, self.shards = facts, shards
         equal = (shard_rows(len(valid_N), shards, s) for s in range(shards))
         self.ranges = [(start, stop) for start, stop in facts.get("ranges", equal)]
         self.leaves_to_search, self.reorder = facts.get("leaves_to_search", 0), facts.get("reorder", 0)
