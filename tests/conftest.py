@@ -241,10 +241,13 @@ def training_inputs(make_stream, write_arrays, tmp_path: Path, rng: np.random.Ge
 
 @pytest.fixture
 def files_of():
-    """folder -> its files' bytes by name, less Orbax's, whose names are random."""
+    """folder -> its files' bytes by name, less Orbax's, whose names are random, and the list of them."""
 
     def read(folder: Path) -> dict[str, bytes]:
         found = [path for path in folder.rglob("*") if path.is_file() and "model" not in path.parts]
+        found = [
+            path for path in found if path.name != "checksums.json" or not (path.parent / "model").is_dir()
+        ]
         return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
     return read

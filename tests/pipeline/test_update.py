@@ -205,11 +205,14 @@ def test_an_update_that_is_killed_goes_on_and_ends_in_the_same_bytes(
     assert answer.code == 0, answer.error
 
     def compared(run):
+        """Less Orbax's files, whose names are random, and the lists of them."""
         skipped = {"tensorboard", "model", ".lock", "times.jsonl"}
         return {
             str(path.relative_to(run)): path.read_bytes()
             for path in run.rglob("*")
-            if path.is_file() and not skipped & set(path.relative_to(run).parts)
+            if path.is_file()
+            and not skipped & set(path.relative_to(run).parts)
+            and not (path.name == "checksums.json" and (path.parent / "model").is_dir())
         }
 
     expected, found = compared(updated), compared(again)
