@@ -55,8 +55,9 @@ class Documents:
         return int(start), int(stop)
 
     def is_deleted(self, number: int) -> bool:
-        """Whether the stream has taken the document out."""
-        return bool(self.stream.deleted_D[number])
+        """Whether the stream has taken the document out: no row of it has a next token."""
+        start, stop = self.rows(number)
+        return stop - start > 1 and not self.stream.has_next(start, start + 1)[0]
 
     def text(self, number: int) -> str:
         """A document's whole text."""

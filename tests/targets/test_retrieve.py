@@ -31,6 +31,7 @@ class Documents:
         self.last[[100, 101, N - 1]] = True
         self.last[[3, 1005]] = False
         self.bounds_D1 = np.append(0, np.flatnonzero(self.last) + 1)
+        self.deleted_D = np.zeros(len(self.bounds_D1) - 1, bool)
 
     def __len__(self):
         return N

@@ -79,7 +79,7 @@ def start(world, tmp_path):
 
     def begun(name, inputs):
         directory = Directory(tmp_path / name)
-        arrays = _arrays(inputs.stream, CONFIG)
+        arrays = _arrays(len(inputs.stream), inputs.stream.vocab_size, CONFIG)
         ChunkWriter(directory, begin(directory, "targets", config_dict(CONFIG), {}, arrays))
         return Worker(directory, inputs, CONFIG, TAU, CONFIG.k + 1), directory
 
