@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mlp_memory import artifacts
-from mlp_memory.artifacts import Directory, UserError, first_line
+from mlp_memory.artifacts import Directory, UserError
 from mlp_memory.job import Job
 from mlp_memory.pipeline import STAGES, Stage
 

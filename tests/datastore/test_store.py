@@ -63,7 +63,7 @@ def test_keys_that_are_not_kept_are_those_that_would_be(
     np.testing.assert_allclose(
         np.asarray(kept_states[0:61], np.float32), wide, atol=1e-5, rtol=0.01 if kind.get("key_dtype") else 0
     )
-    names = {"manifest.json"} | ({CODEC_NAME} if config.fitted else set())
+    names = {"manifest.json", "checksums.json"} | ({CODEC_NAME} if config.fitted else set())
     assert {p.name for p in (tmp_path / "none").rglob("*")} == names
     size = dim * as_dtype(config.key_dtype).itemsize
     assert manifest.facts["bytes_per_token"] == size

@@ -30,7 +30,10 @@ def test_disk_of_keys_and_targets_is_what_the_arrays_take(make_stream, tmp_path,
     embed, retrieve = EmbedConfig(key_dtype=key_dtype, chunk_rows=100), RetrieveConfig(k=40, chunk_rows=100)
     rows = 300
     found = plan(rows, embed, retrieve=retrieve)
-    arrays = {"keys": key_specs(embed, rows, 192), "targets": _arrays(rows, stream.vocab_size, retrieve)}
+    arrays = {
+        "keys": key_specs(embed, rows, 192),
+        "targets": _arrays(rows, make_stream(rows).vocab_size, retrieve),
+    }
     for name, specs in arrays.items():
         folder = Directory(tmp_path / name)
         writer = ChunkWriter(folder, begin(folder, name, {}, {}, specs))
