@@ -165,7 +165,7 @@ def test_an_interrupted_write_goes_on_to_the_same_bytes(tmp_path, rng):
         write(again, arrays, again.missing())
         again.finish(seen=rows)
         assert files(straight) == files(stopped)
-        assert {name.split("/")[0] for name in files(straight)} == {*SPECS, "manifest.json"}
+        assert {name.split("/")[0] for name in files(straight)} == {*SPECS, "manifest.json", "checksums.json"}
 
 
 def test_a_chunk_written_but_not_marked_is_written_again(tmp_path, rng):

@@ -42,7 +42,7 @@ class Index:
         facts: dict[str, Any],
     ):
         counts = [shards, *(facts.get(name, 0) for name in ("leaves_to_search", "reorder"))]
-        if not all(type(n) is int and n >= 0 for n in counts) or shards > max(len(valid_N), 1):
+        if not all(type(n) is int and n >= 0 for n in counts) or shards > max(len(valid_N), 1 << 16):
             raise UserError(f"{directory}/manifest.json is damaged: delete {directory} and run `index` again")
         self.facts, self.shards = facts, shards
         equal = (shard_rows(len(valid_N), shards, s) for s in range(shards))

@@ -45,6 +45,7 @@ def test_training_lowers_the_loss_and_cleans_up(toy, tmp_path):
     assert manifest.finished
     assert manifest.facts["parameters"] == 8
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "checksums.json",
         "manifest.json",
         "metrics.jsonl",
         "model",
