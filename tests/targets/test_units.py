@@ -18,7 +18,7 @@ from mlp_memory.targets.units import UNITS, Inputs, Merge, NextTokens, Search, W
 CONFIG = RetrieveConfig(k=5, top_m=4, temperature=3.0, chunk_rows=64)
 ROWS, DIM = 500, 6
 # What retrieve writes besides what units write; of these the certificate lists the shards.
-OF_THE_DRIVER = ("manifest.json", "certificate.json")
+OF_THE_DRIVER = ("manifest.json", "certificate.json", "checksums.json")
 TAU = 3.0
 
 
