@@ -111,6 +111,12 @@ class Directory:
             raise UserError(f"{source}/{name} is gone")
         self.write(name, data)
 
+    def take_all(self, source: "Directory", without: str = "") -> None:
+        """`take`s the files of another folder that are missing here, manifests last, all but `without`."""
+        missing = set(source.names()) - set(self.names()) - {without}
+        for name in sorted(missing, key=lambda name: (name.endswith(MANIFEST), name)):
+            self.take(name, source)
+
     def names(self) -> list[str]:
         """Every key below this folder, sorted; writers' lock files left out."""
         if self.is_local and not self.path.is_dir():
@@ -407,11 +413,15 @@ def finish(directory: Directory, manifest: Manifest, **facts: Any) -> Manifest:
 def seal(directory: Directory, manifest: Manifest) -> None:
     """Writes checksums.json: the manifest once more, and what the folder's other files are (`Seal`).
 
-    Chunks of arrays are in the manifest, and artifacts within the folder have seals of their own.
+    Chunks of arrays are in the manifest, and artifacts within the folder have seals of their own. A
+    file whose checksum the manifest has (a shard's) is not read once more.
     """
     names = directory.names()
     within = [name.removesuffix(f"/{SEAL}") for name in names if name.endswith(f"/{SEAL}")]
-    files = {name: file_digest(directory, name) for name in sealed(names, manifest, within)}
+    known = {name: found[0] for name, found in manifest.checksums.items() if name not in manifest.arrays}
+    files = {
+        name: known.get(name) or file_digest(directory, name) for name in sealed(names, manifest, within)
+    }
     directory.write(SEAL, Seal(files, manifest.to_json(), within).to_json().encode())
 
 

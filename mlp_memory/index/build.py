@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,18 +81,13 @@ def build_shard(
                 for first, block_RxD in checked_blocks(keys, stream, start, stop)
             )
             scann_shard.write_shard(staging, trained, blocks, positions, keys.shape[1])
-        staged = Directory(staging)
-        files = staged.names()
-        manifest = begin(staged, "index_shard", made_with, parents)
-        manifest.checksums = {name: [file_digest(staged, name)] for name in files}
         facts = {
             "rows": [start, stop],
             "keys": positions,
             "leaves": structure.leaves,
             "method": "tree and hashing" if structure.leaves else "brute force",
-            "bytes": {name: (staging / name).stat().st_size for name in files},
         }
-        _publish(staged, target, finish(staged, manifest, **facts))
+        _finish(Directory(staging), target, made_with, parents, facts)
 
 
 def take_shard(directory: Directory, shard: int, source: Directory, stream: Stream, datastore: str) -> None:
@@ -132,14 +128,23 @@ def take_shard(directory: Directory, shard: int, source: Directory, stream: Stre
             (staging / GAPS).unlink()  # another name for the source's file
             np.save(staging / GAPS, start + np.flatnonzero(~has_key_S).astype(np.int64))
             scann_shard.keep_positions(staging, has_key_S[had_key_S])
-        files = staged.names()
-        manifest = begin(staged, "index_shard", there.config, parents)
-        manifest.checksums = {name: [file_digest(staged, name)] for name in files}
-        facts = there.facts | {
-            "keys": int(has_key_S.sum()),
-            "bytes": {name: (staging / name).stat().st_size for name in files},
-        }
-        _publish(staged, target, finish(staged, manifest, **facts))
+        facts = there.facts | {"keys": int(has_key_S.sum())}
+        _finish(staged, target, there.config, parents, facts)
+
+
+def _finish(
+    staged: Directory,
+    target: Directory,
+    made_with: dict[str, Any],
+    parents: dict[str, str],
+    facts: dict[str, Any],
+) -> None:
+    """Publishes a staged shard with the checksums and sizes of its files."""
+    files = staged.names()
+    manifest = begin(staged, "index_shard", made_with, parents)
+    manifest.checksums = {name: [file_digest(staged, name)] for name in files}
+    sizes = {name: (staged.path / name).stat().st_size for name in files}
+    _publish(staged, target, finish(staged, manifest, **facts | {"bytes": sizes}))
 
 
 @contextlib.contextmanager

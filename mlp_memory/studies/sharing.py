@@ -74,6 +74,4 @@ def _take(source: Directory, target: Directory) -> None:
         target.path.parent.mkdir(parents=True, exist_ok=True)
         target.path.symlink_to(os.path.relpath(real, target.path.parent.resolve()), target_is_directory=True)
         return
-    names = source.names()
-    for name in sorted(names, key=lambda name: name.endswith("manifest.json")):
-        target.write(name, source.read(name) or b"")
+    target.take_all(source)

@@ -1,6 +1,6 @@
 """The rows that get teachers: every row of the stream, or chosen blocks of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -93,30 +93,34 @@ class ChosenBlocks:
         return self._starts_B[places // self._block_rows] + places % self._block_rows
 
     def asks(self, start: int, stop: int) -> np.ndarray:
-        asks_T = np.zeros(stop - start, np.bool_)
-        for place, first, last, source in self._runs(start, stop):
-            asks_T[place : place + last - first] = source.stream.has_next(first, last)
-        return asks_T
+        return self._read(start, stop, np.bool_, lambda source, a, b: source.stream.has_next(a, b))
 
     def queries(self, start: int, stop: int) -> np.ndarray:
-        queries_TxE = np.zeros((stop - start, self._now.keys.shape[1]), np.float32)
-        for place, first, last, source in self._runs(start, stop):
-            queries_TxE[place : place + last - first] = source.keys[first:last]
-        return queries_TxE
+        width = self._now.keys.shape[1:]
+        return self._read(start, stop, np.float32, lambda source, a, b: source.keys[a:b], width)
 
     def labels(self, start: int, stop: int) -> np.ndarray:
         """int32: next tokens, 0 where there is none; of deleted rows they are the base's."""
-        labels_T = np.zeros(stop - start, np.int32)
-        for place, first, last, source in self._runs(start, stop):
-            labels_T[place : place + last - first] = source.stream.labels(first, last)
-        return labels_T
+        return self._read(start, stop, np.int32, lambda source, a, b: source.stream.labels(a, b))
 
     def is_deleted(self, start: int, stop: int) -> np.ndarray:
         """bool: rows that ask and have been deleted since."""
-        deleted_T = np.zeros(stop - start, np.bool_)
-        for place, first, last, _ in self._runs(start, stop):
-            deleted_T[place : place + last - first] = self._now.stream.is_deleted(first, last)
+        deleted_T = self._read(start, stop, np.bool_, lambda _, a, b: self._now.stream.is_deleted(a, b))
         return deleted_T & self.asks(start, stop)
+
+    def _read(
+        self,
+        start: int,
+        stop: int,
+        dtype: type,
+        read: Callable[[Source, int, int], np.ndarray],
+        width: tuple[int, ...] = (),
+    ) -> np.ndarray:
+        """`read` of each stretch of rows, [stop − start, *width]; zero past the end."""
+        found_T = np.zeros((stop - start, *width), dtype)
+        for place, first, last, source in self._runs(start, stop):
+            found_T[place : place + last - first] = read(source, first, last)
+        return found_T
 
     def _runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int, Source]]:
         """Stretches within a block: place from `start`, stream rows first..last, where they are read from."""

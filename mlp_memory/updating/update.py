@@ -58,7 +58,7 @@ class Update:
         self.digest = keep_record(self.job.workdir, self.request)
         for part in pipeline.find_stage("tokenize").parts(self.job.config):
             if part != "train":
-                _take(self.base.workdir / f"corpus/{part}", self.job.workdir / f"corpus/{part}")
+                (self.job.workdir / f"corpus/{part}").take_all(self.base.workdir / f"corpus/{part}")
 
     def next_stage(self) -> Stage | None:
         """The first stage that is not done."""
@@ -91,7 +91,7 @@ class Update:
         found = self.base.manifest("decoder")
         manifest = dataclasses.replace(found, parents=job.fingerprints(*stage.parents(job.config)))
         facts = {} if not found.parents else {"trained_on": found.facts.get("trained_on", found.parents)}
-        _take(source, directory, without=artifacts.MANIFEST)
+        directory.take_all(source, without=artifacts.MANIFEST)
         artifacts.finish(directory, manifest, **facts)
 
     def _embed(self, job: Job, directory: Directory) -> None:
@@ -198,13 +198,6 @@ class Update:
                 "update": {"steps": training.steps, "learning_rate": training.learning_rate},
             },
         )
-
-
-def _take(source: Directory, target: Directory, without: str = "") -> None:
-    """A finished artifact, or all of it but one file, under a second name; its manifest last."""
-    missing = set(source.names()) - set(target.names()) - {without}
-    for name in sorted(missing, key=lambda name: (name == artifacts.MANIFEST, name)):
-        target.take(name, source)
 
 
 def _empty_deleted(writer: Any, source: Directory, found: Manifest, stream: Any) -> None:

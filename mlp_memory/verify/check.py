@@ -142,7 +142,12 @@ def check_folder(
         if (directory / within).read(MANIFEST) is None and (directory / within).read(SEAL) is None:
             found.add(f"{within}/{MANIFEST}", "is missing", within=within)
     for name, spec in manifest.arrays.items():
-        _check_array(found, directory, manifest, name, spec, advance)
+        # What zarr.json holds may differ between versions of tensorstore: a seal knows what was written.
+        sealed = seal is not None and f"{name}/{_ZARR}" in seal.files
+        if not sealed and (directory / name).read(_ZARR) != metadata(spec):
+            found.add(f"{name}/{_ZARR}", "is not as it was written")
+        if all(fault.file != f"{name}/{_ZARR}" for fault in found.faults):
+            _check_array(found, directory, manifest, name, spec, advance)
     covered = set(seal.files) if seal else _check_by_manifest(found, directory, manifest, advance)
     _note_others(found, directory, manifest, seal, covered)
     if not found.faults:
@@ -228,9 +233,6 @@ def _check_array(
     advance: Callable[[int], None],
 ) -> None:
     """Each chunk's values against the manifest; reading checks every block's crc32c."""
-    if (directory / name).read(_ZARR) != metadata(spec):
-        found.add(f"{name}/{_ZARR}", "is not as it was written")
-        return
     checksums, reader = manifest.checksums.get(name, []), ArrayReader(directory, name, 0, manifest)
     for chunk in range(chunk_count(spec)):
         start = chunk * spec.chunk_shape[0]
