@@ -45,8 +45,9 @@ demo: $(READY)
 	$(RUN) -m mlp_memory run --workdir=$(WORKDIR) --gin_file=gin_configs/recipes/demo.gin
 
 # Two at a time, a file each: more would want more memory, and programs that tests start have threads.
+# One that dies ends the run: xdist 3.8 would start another and wait for it for ever.
 test: $(READY)
-	$(RUN) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	$(RUN) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --max-worker-restart=0
 
 # .venv-parity and .venv-tpu, each from its requirements-NAME.txt.
 .venv-%/.ready: requirements-%.txt requirements.lock

@@ -1,17 +1,13 @@
 """The seqio task that turns texts into token ids; the one module that imports TensorFlow."""
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+import seqio
+import tensorflow as tf
 
 from mlp_memory.artifacts import UserError
 from mlp_memory.corpus.vocabulary import Vocabulary
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its errors are raised; its notices only hide ours
-
-import seqio
-import tensorflow as tf
 
 
 class SeqioVocabulary(seqio.Vocabulary):

@@ -11,6 +11,7 @@ from typing import Any
 
 from mlp_memory.artifacts import UserError, first_line
 from mlp_memory.corpus.config import SourceConfig
+from mlp_memory.corpus.quiet import quiet_tensorflow
 
 
 def values(config: SourceConfig, split: str) -> Iterator[tuple[int, bytes]]:
@@ -78,7 +79,7 @@ def _builder(config: SourceConfig) -> Any:
 
 @functools.cache
 def _open(name: str, data_dir: str | None, download: bool) -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    quiet_tensorflow()
     import tensorflow_datasets as tfds
 
     folder = os.path.expanduser(data_dir) if data_dir else None

@@ -23,6 +23,7 @@ import numpy as np
 
 from mlp_memory import artifacts
 from mlp_memory.artifacts import Directory, UserError
+from mlp_memory.corpus.quiet import quiet_tensorflow
 from mlp_memory.corpus.vocabulary import Vocabulary
 from mlp_memory.npz import FAULTS, read_npz
 from mlp_memory.parallel.fleet import usable_cores
@@ -148,6 +149,7 @@ def encode_unit(store: str, vocabulary: str, fingerprint: str, dtype: str, unit:
 @functools.lru_cache(maxsize=1)
 def _encoder(location: str, fingerprint: str) -> tuple[Vocabulary, "tasks.Encoder"]:
     vocabulary = Vocabulary.load(Directory(location))
+    quiet_tensorflow()
     from mlp_memory.corpus import tasks  # TensorFlow takes seconds to import; bad input is found before
 
     return vocabulary, tasks.Encoder(vocabulary)

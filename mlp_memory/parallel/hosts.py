@@ -13,7 +13,6 @@ import atexit
 import contextlib
 import ctypes
 import json
-import logging
 import os
 import selectors
 import signal
@@ -357,20 +356,6 @@ class Hosts:
         timer.start()
 
 
-class _InALine(logging.Filter):
-    """Keeps the tracebacks of Orbax's threads from the log: an error that matters is raised as well.
-
-    When a process is lost, every save on its way fails, a moment before the roll says why.
-    """
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info and record.exc_info[1]
-        if error:
-            record.msg, record.args = f"{record.getMessage()} {first_line(error)}", ()
-        record.exc_info = record.exc_text = None
-        return True
-
-
 def _end_now(code: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -394,8 +379,6 @@ def joined(config: HostsConfig) -> Iterator[Hosts]:
         yield hosts
         return
     hosts.call_roll()
-    log, in_a_line = logging.getLogger("absl"), _InALine()
-    log.addFilter(in_a_line)
     try:
         yield hosts
         hosts.leave()
@@ -405,5 +388,3 @@ def joined(config: HostsConfig) -> Iterator[Hosts]:
     except BaseException as error:
         hosts.fail(error)
         raise
-    finally:
-        log.removeFilter(in_a_line)

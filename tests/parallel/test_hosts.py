@@ -1,8 +1,6 @@
 """Who is who, and the roll within one process; jobs of several are in tests/multi_process."""
 
-import io
 import json
-import logging
 import socket
 import threading
 import time
@@ -105,33 +103,6 @@ def test_all_processes_get_the_value_of_process_0_and_part_in_peace(port):
     for thread in threads:
         thread.join(60)
     assert found == {index: [0, 1, 2, 3, 4] for index in range(3)}
-
-
-def test_a_traceback_that_a_library_logs_in_a_job_of_several_is_a_line(port, monkeypatch):
-    for name, value in {"COORDINATOR": f"127.0.0.1:{port}", "PROCESSES": "2", "PROCESS": "1"}.items():
-        monkeypatch.setenv(f"MLP_MEMORY_{name}", value)
-
-    def zero() -> None:
-        hosts = Hosts(Place(f"127.0.0.1:{port}", 2, 0), WAITS)
-        hosts.call_roll()
-        hosts.leave()
-
-    def told() -> str:
-        try:
-            raise ValueError("the service is gone\nand more")
-        except ValueError:
-            log.exception("saving failed:")
-        return stream.getvalue()
-
-    stream, log = io.StringIO(), logging.getLogger("absl")
-    handler, other = logging.StreamHandler(stream), threading.Thread(target=zero)
-    monkeypatch.setattr(log, "handlers", [handler])
-    monkeypatch.setattr(log, "propagate", False)
-    other.start()
-    with joined(WAITS):
-        assert told() == "saving failed: the service is gone\n"
-    other.join(60)
-    assert "Traceback" in told()
 
 
 def test_what_process_0_says_in_one_breath_with_the_roll_is_heard(port):
