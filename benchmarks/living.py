@@ -61,6 +61,13 @@ def stages(workdir: Path, names: tuple[str, ...], *flags: str) -> None:
         command(name, f"--workdir={workdir}", *flags)
 
 
+def decoder_stage(flags: list[str]) -> str:
+    """The stage that makes a recipe's decoder: "pretrain" or "import"."""
+    given = [flag.removeprefix("--").split("=", 1) for flag in flags]
+    files, bindings = ([value for name, value in given if name == kind] for kind in ("gin_file", "gin"))
+    return Job(Directory("."), load_config(files, bindings, None)).made_by("decoder")
+
+
 def update(base: Path, output: Path, *flags: str) -> Path:
     """The update's workdir."""
     command("update", f"--workdir={base}", f"--output={output}", *flags)
@@ -89,13 +96,21 @@ def seconds(workdir: Path, names: tuple[str, ...]) -> dict[str, float]:
     return {name: found.get(name, 0.0) for name in names}
 
 
+def perplexities(workdir: Path, splits: tuple[str, ...], flags: list[str]) -> dict[str, dict[str, float]]:
+    """Of each system, by split."""
+    command("evaluate", f"--workdir={workdir}", *flags)
+    results = json.loads((workdir / "reports/results.json").read_text())
+    return {split: {system: results[split]["perplexity"][system] for system in SYSTEMS} for split in splits}
+
+
 def documents(args: argparse.Namespace, flags: list[str]) -> None:
     """Prints the table of the documents experiment."""
     workdir = Path(args.workdir)
     with lzma.open(args.add, "rt") as file:
         texts = [json.loads(line)["text"] for line in file]
     base = workdir / "base"
-    stages(base, ("tokenize", "pretrain"), *flags)
+    decoder = decoder_stage(flags)
+    stages(base, ("tokenize", decoder), *flags)
     wanted = args.share * Job(Directory(base), load_config([], [], Directory(base))).stream("train").num_bytes
     added, size = [], 0
     while size < wanted:
@@ -107,18 +122,10 @@ def documents(args: argparse.Namespace, flags: list[str]) -> None:
     again = retrained(updated, workdir / "retrained", flags)
     rows = {}
     for name, folder in {"base": base, "updated": updated, "retrained": again}.items():
-        command("evaluate", f"--workdir={folder}", *flags)
-        results = json.loads((folder / "reports/results.json").read_text())
-        rows[name] = {
-            split: {
-                system: results[split]["perplexity"][system]
-                for system in ("base", "base_plus_memory", "knn_lm_exact")
-            }
-            for split in ("test", "new")
-        }
+        rows[name] = perplexities(folder, ("test", "new"), flags)
     print(json.dumps(rows, indent=1))
     print(f"added {len(added)} documents, {size:,} bytes")
-    spent = seconds(updated, ("tokenize", "pretrain", *MADE_AGAIN))
+    spent = seconds(updated, ("tokenize", decoder, *MADE_AGAIN))
     whole = seconds(again, MADE_AGAIN)
     for name in spent:
         print(f"{name:10} update {spent[name]:8.1f} s   retraining {whole.get(name, 0):8.1f} s")
@@ -155,7 +162,11 @@ def interval(values_Q: np.ndarray) -> tuple[float, float]:
 
 
 def facts(args: argparse.Namespace, flags: list[str]) -> None:
-    """Prints the table of the facts experiment."""
+    """Prints the table of the facts experiment.
+
+    The workdirs that only give others their stream train their memory for two steps.
+    """
+    brief = [*flags, "--gin=distill.steps = 2", "--gin=distill.eval_every = 2", "--gin=distill.warmup = 1"]
     workdir, groups = Path(args.workdir), {}
     every: list[Entity] = []
     for number, name in enumerate(("known", "added", "deleted")):
@@ -166,10 +177,10 @@ def facts(args: argparse.Namespace, flags: list[str]) -> None:
         for name, group in groups.items()
     }
     start = workdir / "start"
-    stages(start, ("tokenize", "pretrain", *MADE_AGAIN), *flags)
-    told = update(start, workdir / "told", f"--add={files['known']}", f"--add={files['deleted']}", *flags)
+    stages(start, ("tokenize", decoder_stage(flags), *MADE_AGAIN), *brief)
+    told = update(start, workdir / "told", f"--add={files['known']}", f"--add={files['deleted']}", *brief)
     base = retrained(told, workdir / "base", flags)
-    never = update(start, workdir / "never_told", f"--add={files['known']}", *flags)
+    never = update(start, workdir / "never_told", f"--add={files['known']}", *brief)
     found = {
         "base": base,
         "added": update(base, workdir / "added", f"--add={files['added']}", *flags),
@@ -189,7 +200,9 @@ def facts(args: argparse.Namespace, flags: list[str]) -> None:
                 line = f"{prob_Q.mean():.4f} ({low:.4f} ... {high:.4f})  recall {recall:.3f}"
                 print(f"{name:22} {group:8} {system:13} {line}", flush=True)
     for name, folder in found.items():
-        spent = seconds(folder, ("tokenize", "pretrain", *MADE_AGAIN))
+        print(f"{name:22} {perplexities(folder, ('test',), flags)}")
+    for name, folder in found.items():
+        spent = seconds(folder, ("tokenize", decoder_stage(flags), *MADE_AGAIN))
         print(f"{name:22} {sum(spent.values()):6.0f} s  {spent}")
 
 

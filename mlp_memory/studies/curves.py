@@ -7,6 +7,7 @@ is trained, "mixture" a memory with its decoder, λ chosen on validation at that
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -169,11 +170,11 @@ def _train_decoder(job: Job, directory: Directory, manifest: artifacts.Manifest)
 
 
 class Check(NamedTuple):
-    """A moment of a curve: its step, epochs passed, validation loss, λ and `_by_unit` of each sample."""
+    """A moment of a curve: step, epochs passed, models' validation losses, λ, `_by_unit` of each sample."""
 
     step: int
     epochs: float
-    validation_loss: float
+    validation: dict[str, float]
     weight: float
     samples: dict[str, dict[str, np.ndarray]]
 
@@ -189,5 +190,12 @@ def read_curve(job: Job) -> list[Check]:
         weight = check.pop("lambda")
         samples = {name: {k: np.array(v) for k, v in part.items()} for name, part in check.items()}
         epochs = line["step"] / lines[-1]["step"] * seen / rows
-        found.append(Check(line["step"], epochs, line["validation_loss"], weight, samples))
+        found.append(Check(line["step"], epochs, _validation(line), weight, samples))
     return found
+
+
+def _validation(line: dict[str, float]) -> dict[str, float]:
+    """Nats per token by model; a memory's own `validation_loss` is that of the mixture."""
+    if "validation_memory_perplexity" not in line:
+        return {"alone": line["validation_loss"]}
+    return {"alone": math.log(line["validation_memory_perplexity"]), "mixture": line["validation_loss"]}

@@ -15,28 +15,30 @@ from mlp_memory.studies.study import Study
 from mlp_memory.studies.variants import CURVE
 
 _MEMORY, _RIVALS = "memory", ("decoder", "memory_ce")
+_MIXED = "_with_decoder"
 
 
 class Curve(NamedTuple):
-    """A variant's checks; `best` is the one of least validation loss."""
+    """A variant's checks, and which of its models is looked at: "alone" or "mixture"."""
 
     title: str
     checks: list[Check]
+    model: str = "alone"
 
     @property
     def best(self) -> Check:
-        return min(self.checks, key=lambda check: check.validation_loss)
+        """The check of this model's least validation loss."""
+        return min(self.checks, key=lambda check: check.validation[self.model])
 
     def rise(self) -> tuple[np.ndarray, np.ndarray]:
         """Test nats of each unit at the last check less those at the best, summed, and the unit's tokens."""
         last, best = self.checks[-1].samples["test"], self.best.samples["test"]
-        return last["alone"] - best["alone"], last["tokens"]
+        return last[self.model] - best[self.model], last["tokens"]
 
-
-def mean(check: Check, sample: str, model: str = "alone") -> float:
-    """Nats per token."""
-    part = check.samples[sample]
-    return float(part[model].sum() / part["tokens"].sum())
+    def mean(self, check: Check, sample: str) -> float:
+        """Nats per token."""
+        part = check.samples[sample]
+        return float(part[self.model].sum() / part["tokens"].sum())
 
 
 def rise(curve: Curve, rival: Curve | None, samples: int) -> Difference:
@@ -62,15 +64,17 @@ def _resampled(sums_U: np.ndarray, tokens_U: np.ndarray, samples: int) -> np.nda
 def conclude(study: Study) -> tuple[dict[str, Any], Findings]:
     """The numbers and the findings, all curves made."""
     samples = study.recipe.evaluate.bootstrap
-    curves = {
-        name: Curve(str(variant.value), read_curve(study.job(variant)))
-        for name, variant in study.variants.items()
-    }
+    curves = {}
+    for name, variant in study.variants.items():
+        curves[name] = Curve(str(variant.value), read_curve(study.job(variant)))
+        if variant.kind == CURVE:
+            title = f"{variant.value}, with decoder"
+            curves[f"{name}{_MIXED}"] = Curve(title, curves[name].checks, "mixture")
     rises = {name: rise(curve, None, samples) for name, curve in curves.items()}
     gaps = {name: rise(curves[_MEMORY], curves[name], samples) for name in _RIVALS}
     numbers = {
         "study": "overfitting",
-        "variants": {name: _numbers(study, name, curve) for name, curve in curves.items()},
+        "variants": {name: _numbers(study, name, curves) for name in study.variants},
         "rises": {name: found.to_json() for name, found in rises.items()},
         "memory_rise_less": {name: found.to_json() for name, found in gaps.items()},
     }
@@ -100,23 +104,24 @@ def conclude(study: Study) -> tuple[dict[str, Any], Findings]:
 _SETTING = (
     "Each is trained at a constant rate, the memories on the finished decoder's states, the decoder from "
     "scratch; losses are the true next tokens', at the same rows each time. A rise is the test loss at the "
-    "last check less that at the check of least validation loss, with 95 % over the test's documents. "
+    "last check less that at the check where the same model's validation loss is least, with 95 % over the "
+    "test's documents. "
     "Every training has one seed."
 )
 
 
-def _numbers(study: Study, name: str, curve: Curve) -> dict[str, Any]:
+def _numbers(study: Study, name: str, curves: dict[str, Curve]) -> dict[str, Any]:
     variant = study.variants[name]
-    models = ("alone", "mixture") if variant.kind == CURVE else ("alone",)
+    both = [curve for curve in (curves[name], curves.get(f"{name}{_MIXED}")) if curve]
     checks = [
         {
             "step": check.step,
             "epochs": check.epochs,
-            "validation_loss": check.validation_loss,
             "lambda": check.weight,
-            **{sample: {m: mean(check, sample, m) for m in models} for sample in SAMPLES},
+            "validation": check.validation,
+            **{sample: {curve.model: curve.mean(check, sample) for curve in both} for sample in SAMPLES},
         }
-        for check in curve.checks
+        for check in curves[name].checks
     ]
     trained = cost(study.configs[name], variant.kind == CURVE)
     return {
@@ -126,7 +131,7 @@ def _numbers(study: Study, name: str, curve: Curve) -> dict[str, Any]:
         "training_flops": artifacts.require(study.job(variant).workdir / FOLDER, "study").facts[
             "train_flops"
         ],
-        "best_step": curve.best.step,
+        "best_step": {curve.model: curve.best.step for curve in both},
         "checks": checks,
     }
 
@@ -145,12 +150,16 @@ def _table(study: Study, curves: dict[str, Curve], rises: dict[str, Difference])
     )
     rows = []
     for name, curve in curves.items():
-        best, last, trained = curve.best, curve.checks[-1], cost(study.configs[name], name != "decoder")
-        losses = [f"{mean(check, sample):.4f}" for check in (best, last) for sample in SAMPLES]
+        best, last = curve.best, curve.checks[-1]
+        trained = cost(study.configs[name.removesuffix(_MIXED)], name != "decoder")
+        losses = [f"{curve.mean(check, sample):.4f}" for check in (best, last) for sample in SAMPLES]
         count = figure(trained.memory or trained.decoder)
         cells = (curve.title, count, f"{last.epochs:.3g}", f"{best.epochs:.3g}", *losses, str(rises[name]))
         rows.append(cells)
-    notes = ("Losses in nats per token, of the trained model alone; parameters of what is trained.",)
+    notes = (
+        "Losses in nats per token, of what is trained alone or mixed with its decoder by the check's own λ; "
+        "parameters of what is trained.",
+    )
     return Table("Overfitting: losses as epochs grow", columns, tuple(rows), notes)
 
 
@@ -158,8 +167,5 @@ def _plot(curves: dict[str, Curve], sample: str) -> Plot:
     series = []
     for curve in curves.values():
         x_N = tuple(check.epochs for check in curve.checks)
-        series.append(Series(curve.title, x_N, tuple(mean(check, sample) for check in curve.checks)))
-        if "mixture" in curve.checks[0].samples[sample]:
-            y_N = tuple(mean(check, sample, "mixture") for check in curve.checks)
-            series.append(Series(f"{curve.title}, with decoder", x_N, y_N))
+        series.append(Series(curve.title, x_N, tuple(curve.mean(check, sample) for check in curve.checks)))
     return Plot(f"Loss on {sample} as epochs grow", "epochs", "nats per token", tuple(series))

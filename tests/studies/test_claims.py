@@ -3,7 +3,7 @@ import pytest
 
 from mlp_memory.studies import ablations
 from mlp_memory.studies.curves import Check
-from mlp_memory.studies.overfitting import Curve, mean, rise
+from mlp_memory.studies.overfitting import Curve, rise
 from mlp_memory.studies.results import Outcome, difference
 from mlp_memory.studies.variants import RECIPE, Variant
 
@@ -70,7 +70,8 @@ def curve(validation: list[float], test: list[float], rng: np.random.Generator) 
     for step, (loss, nats) in enumerate(zip(validation, test)):
         sums_U = nats * tokens_U + 0.01 * (rng.permutation(20) - 9.5)
         part = {"tokens": tokens_U, "alone": sums_U}
-        checks.append(Check(step + 1, float(step + 1), loss, 0.0, {"train": part, "test": part}))
+        found = {"alone": loss, "mixture": -loss}
+        checks.append(Check(step + 1, float(step + 1), found, 0.0, {"train": part, "test": part}))
     return Curve("", checks)
 
 
@@ -78,13 +79,15 @@ def test_a_rise_is_from_the_check_of_least_validation_loss_to_the_last(rng):
     steep = curve([3.0, 2.0, 2.5], [3.1, 2.2, 2.9], rng)
     flat = curve([3.0, 2.4, 2.3], [3.1, 2.1, 2.5], rng)
     assert steep.best.step == 2
-    assert mean(steep.best, "test") == pytest.approx(2.2)
+    assert steep.mean(steep.best, "test") == pytest.approx(2.2)
     found = rise(steep, None, 200)
     assert found.nats == pytest.approx(0.7)
     assert 0 < found.bounds.low < found.bounds.high
     # The best check is the last one: it has not risen, whatever test says of it.
     assert rise(flat, None, 200).nats == 0
     assert rise(flat, None, 200).bounds == (0, 0)
+    # Each model's best check is its own.
+    assert steep._replace(model="mixture").best.step == 1
     gap = rise(flat, steep, 200)
     assert gap.nats == pytest.approx(-0.7)
     assert gap.bounds.high < 0
