@@ -16,13 +16,14 @@ class UpdateConfig:
       probe_rows: changed rows whose neighbours say which old rows are affected, spread evenly.
       probe_neighbours: neighbours of each.
       passes: times that each chosen row is trained on; 0 is as often as distillation read its rows.
-      learning_rate: peak; 0 is distillation's.
+      learning_rate: peak; 0 is an eighth of distillation's, which changes old rows least and learns new
+        ones as well (docs/results.md).
       warmup: steps up to it.
       evaluations: validations on the way; each is a checkpoint, from which a killed run goes on.
     """
 
-    affected: float = 0.5
-    replay: float = 0.5
+    affected: float = 0.25
+    replay: float = 0.25
     probe_rows: int = 4096
     probe_neighbours: int = 16
     passes: float = 0.0

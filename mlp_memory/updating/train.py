@@ -20,6 +20,9 @@ from mlp_memory.training.batches import Batches
 from mlp_memory.training.loop import train
 from mlp_memory.updating.config import UpdateConfig
 
+_RATE = 1 / 8
+"""Of distillation's learning rate."""
+
 
 class JoinedStates:
     """States of blocks, each from the base's datastore or from the update's (see `ChosenBlocks.source`)."""
@@ -97,7 +100,7 @@ def training(
     return dataclasses.replace(
         config,
         steps=steps,
-        learning_rate=update.learning_rate or config.learning_rate,
+        learning_rate=update.learning_rate or config.learning_rate * _RATE,
         warmup=min(update.warmup, steps),
         eval_every=math.ceil(steps / update.evaluations),
     )
