@@ -155,11 +155,13 @@ def asked(workdir: Path, questions: list[Question]) -> dict[str, np.ndarray]:
     return found
 
 
-def interval(values_Q: np.ndarray) -> tuple[float, float]:
-    """95 %, percentile bootstrap over questions."""
+def figure(values_Q: np.ndarray, entities: int) -> str:
+    """The mean and its 95 % interval, percentile bootstrap over entities; questions are in their order."""
+    mean_E = values_Q.reshape(entities, -1).mean(axis=1)
     rng = np.random.default_rng(0)
-    means = values_Q[rng.integers(0, len(values_Q), (2000, len(values_Q)))].mean(axis=1)
-    return tuple(np.quantile(means, [0.025, 0.975]).tolist())
+    means = mean_E[rng.integers(0, entities, (2000, entities))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return f"{mean_E.mean():.4f} ({low:.4f} ... {high:.4f})"
 
 
 def facts(args: argparse.Namespace, flags: list[str]) -> None:
@@ -190,16 +192,25 @@ def facts(args: argparse.Namespace, flags: list[str]) -> None:
     found["retrained with added"] = retrained(found["added"], workdir / "retrained", flags)
     found["never saw deleted"] = retrained(never, workdir / "never", flags)
     print("probability of the right answer among ten, and how often it is the likeliest")
+    given: dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]] = {}
     for name, folder in found.items():
         for group, entities in groups.items():
             questions = [question for entity in entities for question in entity.questions()]
             right = np.array([question.right for question in questions])
             for system, prob_QxA in asked(folder, questions).items():
-                prob_Q = prob_QxA[np.arange(len(right)), right]
-                low, high = interval(prob_Q)
-                recall = (prob_QxA.argmax(axis=1) == right).mean()
-                line = f"{prob_Q.mean():.4f} ({low:.4f} ... {high:.4f})  recall {recall:.3f}"
+                prob_Q, first_Q = prob_QxA[np.arange(len(right)), right], prob_QxA.argmax(axis=1) == right
+                given[name, group, system] = prob_Q, first_Q
+                line = f"{figure(prob_Q, args.entities)}  recall {figure(first_Q, args.entities)}"
                 print(f"{name:22} {group:8} {system:13} {line}", flush=True)
+    print("differences of the same, paired")
+    for name, peer in (("added", "retrained with added"), ("deleted", "never saw deleted")):
+        for group in groups:
+            for system in ("memory", "memory alone"):
+                ours, theirs = given[name, group, system], given[peer, group, system]
+                line = "  recall ".join(
+                    figure(a.astype(float) - b, args.entities) for a, b in zip(ours, theirs)
+                )
+                print(f"{name} less {peer:22} {group:8} {system:13} {line}", flush=True)
     for name, folder in found.items():
         print(f"{name:22} {perplexities(folder, ('test',), flags)}")
     for name, folder in found.items():
