@@ -212,7 +212,7 @@ def facts(args: argparse.Namespace, flags: list[str]) -> None:
                 )
                 print(f"{name} less {peer:22} {group:8} {system:13} {line}", flush=True)
     for name, folder in found.items():
-        print(f"{name:22} {perplexities(folder, ('test',), flags)}")
+        print(f"{name:22} {perplexities(folder, ('test',), flags)}", flush=True)
     for name, folder in found.items():
         spent = seconds(folder, ("tokenize", decoder_stage(flags), *MADE_AGAIN))
         print(f"{name:22} {sum(spent.values()):6.0f} s  {spent}")
