@@ -203,7 +203,7 @@ def restore(directory: Directory, manifest: Manifest, model: nnx.Module, mesh: M
     """
     graphdef, state = nnx.split(model)
     shardings = state_shardings(state, mesh)
-    dtypes = manifest.facts.get("dtypes", {})
+    dtypes, expected = _mapping(directory, manifest, "dtypes"), _mapping(directory, manifest, "checksums")
     flat_shardings = nnx.traversals.flatten_mapping(shardings)
     abstract = nnx.traversals.unflatten_mapping(
         {
@@ -218,13 +218,20 @@ def restore(directory: Directory, manifest: Manifest, model: nnx.Module, mesh: M
     where = (directory / "model").location
     with _bounded(abstract):
         params = _load(lambda: ocp.load(where, abstract), where)
-    wrong = [n for n, c in checksums(params).items() if manifest.facts["checksums"].get(n) != c]
+    wrong = [n for n, c in checksums(params).items() if expected.get(n) != c]
     if wrong:
         raise UserError(
             f"checkpoint {where}: {wrong[0]} is not what was saved; delete it and run the stage again"
         )
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
+
+
+def _mapping(directory: Directory, manifest: Manifest, fact: str) -> dict[str, Any]:
+    found = manifest.facts.get(fact, {})
+    if not isinstance(found, dict):
+        raise UserError(f"{directory}/{artifacts.MANIFEST}: {fact} = {found!r} is not by parameter")
+    return found
 
 
 def damaged_parameter(directory: Directory, manifest: Manifest) -> str | None:
@@ -245,7 +252,7 @@ def damaged_parameter(directory: Directory, manifest: Manifest) -> str | None:
         )
 
     found = checksums(_load(read, where))
-    expected = manifest.facts["checksums"]
+    expected = _mapping(directory, manifest, "checksums")
     return next((name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)), None)
 
 

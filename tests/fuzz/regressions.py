@@ -162,6 +162,11 @@ REGRESSIONS: dict[str, dict[str, Make]] = {
         "packed": lambda: {"codec.npz": _npz({"mean_D.npy": bytes(1 << 28)}, zipfile.ZIP_DEFLATED)},
         "a header that is no Python": lambda: {"codec.npz": _npz({"a.npy": b"\x93NUMPY\x01\0\x06\0{'a':("})},
     },
+    "checkpoint": {
+        "a checksum for all": _seed(
+            "checkpoint", 0, memory__manifest_dot_json=_changed(lambda m: m["facts"].update(checksums=3))
+        )
+    },
     "kept_scores": {"damaged": lambda: {"a.npz": _npz({"counts.npy": _HUGE})}},
     "units": {"damaged": lambda: {"units/00000000.npz": _npz({"number.npy": _OBJECTS})}},
     "report": {
