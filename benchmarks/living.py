@@ -180,7 +180,8 @@ def facts(args: argparse.Namespace, flags: list[str]) -> None:
         for name, group in groups.items()
     }
     start = workdir / "start"
-    stages(start, ("tokenize", decoder_stage(flags), *MADE_AGAIN), *brief)
+    made = ("tokenize", decoder_stage(flags), *MADE_AGAIN)
+    stages(start, made, *brief)
     told = update(start, workdir / "told", f"--add={files['known']}", f"--add={files['deleted']}", *brief)
     base = retrained(told, workdir / "base", flags)
     never = update(start, workdir / "never_told", f"--add={files['known']}", *brief)
@@ -214,7 +215,7 @@ def facts(args: argparse.Namespace, flags: list[str]) -> None:
     for name, folder in found.items():
         print(f"{name:22} {perplexities(folder, ('test',), flags)}", flush=True)
     for name, folder in found.items():
-        spent = seconds(folder, ("tokenize", decoder_stage(flags), *MADE_AGAIN))
+        spent = seconds(folder, made)
         print(f"{name:22} {sum(spent.values()):6.0f} s  {spent}")
 
 

@@ -1,4 +1,7 @@
-"""The seqio task that turns texts into token ids; the one module that imports TensorFlow."""
+"""The seqio task that turns texts into token ids.
+
+Importing it imports TensorFlow: call `quiet_tensorflow` first.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 

@@ -105,8 +105,7 @@ _SETTING = (
     "Each is trained at a constant rate, the memories on the finished decoder's states, the decoder from "
     "scratch; losses are the true next tokens', at the same rows each time. A rise is the test loss at the "
     "last check less that at the check where the same model's validation loss is least, with 95 % over the "
-    "test's documents. "
-    "Every training has one seed."
+    "test's documents. Every training has one seed."
 )
 
 

@@ -240,6 +240,7 @@ def damaged_parameter(directory: Directory, manifest: Manifest) -> str | None:
     Raises:
       UserError: the checkpoint cannot be read.
     """
+    expected = _mapping(directory, manifest, "checksums")
     where, device = (directory / "model").location, jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def read() -> Any:  # whatever devices it was saved from
@@ -252,7 +253,6 @@ def damaged_parameter(directory: Directory, manifest: Manifest) -> str | None:
         )
 
     found = checksums(_load(read, where))
-    expected = _mapping(directory, manifest, "checksums")
     return next((name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)), None)
 
 
