@@ -7,6 +7,7 @@ reader sees a whole artifact or none. Nothing in it depends on the clock or the 
 an interrupted and an uninterrupted run end in the same bytes.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -423,6 +424,14 @@ def seal(directory: Directory, manifest: Manifest) -> None:
         name: known.get(name) or file_digest(directory, name) for name in sealed(names, manifest, within)
     }
     directory.write(SEAL, Seal(files, manifest.to_json(), within).to_json().encode())
+
+
+def reseal(directory: Directory, manifest: Manifest) -> None:
+    """Writes a finished artifact's checksums.json where it is lost or damaged; its files are taken as they are."""
+    with contextlib.suppress(ValueError):
+        if Seal.read(directory) is not None:
+            return
+    seal(directory, manifest)
 
 
 def sealed(names: Iterable[str], manifest: Manifest, within: Iterable[str]) -> list[str]:

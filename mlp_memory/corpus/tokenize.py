@@ -134,13 +134,14 @@ def _settings(config: CorpusConfig, tokenizer: Mapping[str, bytes] | None) -> di
 
 
 def _is_whole(directory: Directory, manifest: Manifest | None) -> bool:
-    """Whether a part is finished and undamaged."""
+    """Whether a part is finished and undamaged; such a part's checksums.json is written where it is lost."""
     if manifest is None or not manifest.finished:
         return False
     try:
         Vocabulary.load(directory) if manifest.kind == VOCABULARY_KIND else TokenStream.open(directory)
     except UserError:
         return False
+    artifacts.reseal(directory, manifest)
     return True
 
 
