@@ -11,7 +11,7 @@ as always, and the seconds of each stage.
 `facts`: invented entities (mlp_memory/evaluation/facts.py), told in some words and asked in others. Some
 are known from the start, some are added, some of the known deleted. Peers: retrained on everything, and
 a memory that never saw the deleted ones. Of each group of facts: how often the right answer of ten is
-the likeliest, and its probability among the ten.
+the likeliest, its probability among the ten, and how much of that is the person's own (`own_share`).
 
 `index`, after `documents`: the new rows as a shard of their own, against ScaNN's own way of
 taking them into the index that is there (`upsert`, in memory, the whole index then written again).
@@ -155,6 +155,20 @@ def asked(workdir: Path, questions: list[Question]) -> dict[str, np.ndarray]:
     return found
 
 
+def own_share(prob_QxA: np.ndarray, right_Q: np.ndarray, entities: int) -> np.ndarray:
+    """The right answer's probability less that of the same answer in the same question of the other entities.
+
+    What is common to all of them, because an answer is a likely word, is not counted; of who is unknown
+    it is 0 on average. [Q]; every entity is asked the same questions in the same order.
+    """
+    prob_ExQxA = prob_QxA.reshape(entities, -1, prob_QxA.shape[1])
+    right_ExQ = right_Q.reshape(entities, -1)
+    entity_ExQ, question_ExQ = np.indices(right_ExQ.shape)
+    own_ExQ = prob_ExQxA[entity_ExQ, question_ExQ, right_ExQ]
+    all_ExQ = prob_ExQxA.sum(axis=0)[question_ExQ, right_ExQ]
+    return (own_ExQ - (all_ExQ - own_ExQ) / (entities - 1)).reshape(-1)
+
+
 def figure(values_Q: np.ndarray, entities: int) -> str:
     """The mean and its 95 % interval, percentile bootstrap over entities; questions are in their order."""
     mean_E = values_Q.reshape(entities, -1).mean(axis=1)
@@ -189,28 +203,37 @@ def facts(args: argparse.Namespace, flags: list[str]) -> None:
         "base": base,
         "added": update(base, workdir / "added", f"--add={files['added']}", *flags),
         "deleted": update(base, workdir / "deleted", f"--delete={files['deleted']}", *flags),
+        "deleted, from scratch": update(
+            base,
+            workdir / "deleted_from_scratch",
+            f"--delete={files['deleted']}",
+            *flags,
+            "--gin=update.from_scratch = True",
+        ),
     }
     found["retrained with added"] = retrained(found["added"], workdir / "retrained", flags)
     found["never saw deleted"] = retrained(never, workdir / "never", flags)
-    print("probability of the right answer among ten, and how often it is the likeliest")
-    given: dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]] = {}
+    print("probability of the right answer among ten, how often it is the likeliest, the person's own share")
+    given: dict[tuple[str, str, str], tuple[np.ndarray, ...]] = {}
     for name, folder in found.items():
         for group, entities in groups.items():
             questions = [question for entity in entities for question in entity.questions()]
             right = np.array([question.right for question in questions])
             for system, prob_QxA in asked(folder, questions).items():
                 prob_Q, first_Q = prob_QxA[np.arange(len(right)), right], prob_QxA.argmax(axis=1) == right
-                given[name, group, system] = prob_Q, first_Q
-                line = f"{figure(prob_Q, args.entities)}  recall {figure(first_Q, args.entities)}"
+                given[name, group, system] = prob_Q, first_Q, own_share(prob_QxA, right, args.entities)
+                line = "  ".join(figure(values_Q, args.entities) for values_Q in given[name, group, system])
                 print(f"{name:22} {group:8} {system:13} {line}", flush=True)
     print("differences of the same, paired")
-    for name, peer in (("added", "retrained with added"), ("deleted", "never saw deleted")):
+    for name, peer in (
+        ("added", "retrained with added"),
+        ("deleted", "never saw deleted"),
+        ("deleted, from scratch", "never saw deleted"),
+    ):
         for group in groups:
             for system in ("memory", "memory alone"):
                 ours, theirs = given[name, group, system], given[peer, group, system]
-                line = "  recall ".join(
-                    figure(a.astype(float) - b, args.entities) for a, b in zip(ours, theirs)
-                )
+                line = "  ".join(figure(a.astype(float) - b, args.entities) for a, b in zip(ours, theirs))
                 print(f"{name} less {peer:22} {group:8} {system:13} {line}", flush=True)
     for name, folder in found.items():
         print(f"{name:22} {perplexities(folder, ('test',), flags)}", flush=True)

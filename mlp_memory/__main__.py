@@ -122,7 +122,8 @@ def _update(args: argparse.Namespace) -> None:
     from mlp_memory.updating.update import Update, summary
 
     base, workdir = Directory(args.workdir), Directory(args.output)
-    config = load_config(args.gin_file, args.gin, base)
+    begun = (not workdir.is_local or workdir.path.is_dir()) and workdir.read(SAVED) is not None
+    config = load_config(args.gin_file, args.gin, workdir if begun else base)
     update = Update(read_request(base, args.add, args.delete, config.corpus.text_field), workdir, config)
     with joined(config.hosts) as hosts:
         stage = None

@@ -427,7 +427,7 @@ def seal(directory: Directory, manifest: Manifest) -> None:
 
 
 def reseal(directory: Directory, manifest: Manifest) -> None:
-    """Writes a finished artifact's checksums.json where it is lost or damaged; its files are taken as they are."""
+    """Writes a finished artifact's checksums.json where it is lost or damaged, of the files as they are."""
     with contextlib.suppress(ValueError):
         if Seal.read(directory) is not None:
             return

@@ -26,6 +26,9 @@ Files are one document each, or JSON lines (.jsonl, a "text" each), parquet or W
 or not. A document to delete is one whose tokens are those of a document in the file. The workdir that is
 updated stays as it is; delete it once nothing should be left of what was deleted. A killed update
 goes on where it stopped when the same command is given again.
+
+The memory is trained on, and so keeps a trace of what is deleted. Where none may stay, have index, teachers
+and memory made anew of what is left, at the price of a distillation: --gin='update.from_scratch=True'
 """
 _PLAN_EPILOG = """\
 For Wikipedia's five billion tokens and Llama-2-7B, keys as 256 numbers of one byte, 500 workers:

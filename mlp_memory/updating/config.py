@@ -20,6 +20,9 @@ class UpdateConfig:
         ones as well (docs/results.md).
       warmup: steps up to it.
       evaluations: validations on the way; each is a checkpoint, from which a killed run goes on.
+      from_scratch: index, teachers and memory are made anew of the documents that are left, and nothing of
+        the above is used: only tokens and keys are taken over. The memory has then never seen what was
+        deleted, at the price of a distillation.
     """
 
     affected: float = 0.25
@@ -30,6 +33,7 @@ class UpdateConfig:
     learning_rate: float = 0.0
     warmup: int = 20
     evaluations: int = 2
+    from_scratch: bool = False
 
     def __post_init__(self):
         check_whole(self, {"probe_rows": 1, "probe_neighbours": 1, "warmup": 0, "evaluations": 1})

@@ -66,15 +66,16 @@ class Update:
 
     def stages(self) -> list[Stage]:
         """The stages up to the memory, with an update's way of doing them; what follows is left to `run`."""
+        decoder = self.job.made_by("decoder")
         work: dict[str, Callable[[Job, Directory], None]] = {
             "tokenize": self._corpus,
-            self.job.made_by("decoder"): self._decoder,
+            decoder: self._decoder,
             "embed": self._embed,
-            "index": self._index,
-            "retrieve": self._retrieve,
-            "distill": self._distill,
         }
-        return [dataclasses.replace(pipeline.find_stage(name), work=work[name]) for name in work]
+        if not self.job.config.update.from_scratch:
+            work |= {"index": self._index, "retrieve": self._retrieve, "distill": self._distill}
+        stages = map(pipeline.find_stage, ("tokenize", decoder, "embed", "index", "retrieve", "distill"))
+        return [dataclasses.replace(stage, work=work.get(stage.name, stage.work)) for stage in stages]
 
     def _corpus(self, job: Job, directory: Directory) -> None:
         from mlp_memory.updating.corpus import update_corpus
@@ -254,14 +255,15 @@ def summary(base: Job, job: Job) -> str:
     stream, old = job.stream("train"), base.stream("train")
     targets, memory = job.manifest("targets").facts, job.manifest("memory").facts
     before, after = base.manifest("memory").facts["validation"], memory["validation"]
-    blocks = dict(targets["blocks"])
-    rows = blocks.pop("rows")
+    blocks = dict(targets.get("blocks", {}))
+    rows = blocks.pop("rows", 0)
+    chosen = ", ".join(f"{name} {count * rows:,}" for name, count in blocks.items())
     took = seconds_by_stage(job.workdir)
     deleted = int(stream.deleted_D.sum() - old.deleted_D.sum())
     lines = [
         f"documents     {len(stream.bounds_D1) - len(old.bounds_D1):,} added, {deleted:,} deleted",
         f"rows          {len(stream) - len(old):,} added to {len(old):,}",
-        "teachers      " + ", ".join(f"{name} {count * rows:,}" for name, count in blocks.items()) + " rows",
+        "teachers      " + (f"{chosen} rows" if chosen else "all rows; index and memory made anew as well"),
         f"validation    base + memory {before['validation_perplexity']:.2f} -> "
         f"{after['validation_perplexity']:.2f} (perplexity)",
         f"took          {sum(took.values()):,.0f} s: "

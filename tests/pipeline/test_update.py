@@ -220,6 +220,27 @@ def test_an_update_that_is_killed_goes_on_and_ends_in_the_same_bytes(
     assert [name for name in expected if found[name] != expected[name]] == []
 
 
+def test_from_scratch_is_what_is_left_made_anew(mlp_memory, words, updated, tmp_path):
+    """The same memory as of the stages themselves over the same tokens; said again, it stays from scratch."""
+    anew, peer = tmp_path / "anew", tmp_path / "peer"
+    answer = mlp_memory(*words, f"--output={anew}", "--gin=update.from_scratch=True")
+    assert answer.code == 0, answer.error
+    assert "made anew" in answer.out
+    peer.mkdir()
+    for name in ("corpus", "decoder", "datastore"):
+        shutil.copytree(updated / name, peer / name)
+    for stage in STAGES[1:]:
+        answer = mlp_memory(stage, f"--workdir={peer}", f"--gin_file={updated}/config.gin")
+        assert answer.code == 0, answer.error
+    expected = job_of(peer).manifest("memory").facts["checksums"]
+    assert expected != job_of(updated).manifest("memory").facts["checksums"]
+    assert job_of(anew).manifest("memory").facts["checksums"] == expected
+    shutil.rmtree(anew / "memory")
+    answer = mlp_memory(*words, f"--output={anew}")
+    assert answer.code == 0, answer.error
+    assert job_of(anew).manifest("memory").facts["checksums"] == expected
+
+
 def test_the_update_is_a_workdir_like_any_other(mlp_memory, updated, tmp_path):
     workdir = tmp_path / "workdir"
     shutil.copytree(updated, workdir)
