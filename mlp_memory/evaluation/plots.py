@@ -250,8 +250,9 @@ def line_plot(plot: Plot, name: str) -> LinePlot:
             handles.append(drawn)
         axes.set_xscale("log" if plot.log_x else "linear")
         axes.set_yscale("log" if plot.log_y else "linear")
-        for axis, is_log in ((axes.xaxis, plot.log_x), (axes.yaxis, plot.log_y)):
-            _ticks(axis, is_log)
+        whole = all((points_Px4[:, 0] == np.rint(points_Px4[:, 0])).all() for _, points_Px4 in lines)
+        _ticks(axes.xaxis, plot.log_x, whole)
+        _ticks(axes.yaxis, plot.log_y)
         axes.set_xlabel(_wrapped(plot.x, 46))
         axes.set_ylabel(_wrapped(plot.y, 30))
         if len(lines) > 1 or labels[0]:
@@ -273,9 +274,10 @@ def _drawable(series: Series, plot: Plot) -> np.ndarray:
     return np.array(sorted(kept) if series.line else kept, np.float64).reshape(-1, 4)
 
 
-def _ticks(axis: Axis, is_log: bool) -> None:
+def _ticks(axis: Axis, is_log: bool, whole: bool = False) -> None:
+    """Few round ticks; between whole numbers none at a fraction."""
     if not is_log:
-        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10), integer=whole))
     else:
         low, high = axis.get_view_interval()
         # Over less than two decades whole powers alone would be one or two ticks.

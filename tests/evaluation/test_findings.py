@@ -202,3 +202,15 @@ def test_findings_survive_json() -> None:
     claim = Claim("c", "p", "o", "i", "no", "s", "r")
     findings = Findings((claim,), (Section("s", ("t",), (), (plot_of(Series("a", (1.0,), (2.0,))),)),))
     assert Findings.from_json(json.loads(json.dumps(findings.to_json()))) == findings
+
+
+def test_an_axis_of_whole_numbers_has_no_tick_between_them() -> None:
+    y_N = (1.0, 2.0, 3.0, 4.0)
+    whole, parts = (
+        line_plot(plot_of(Series("a", x_N, y_N)), "p").svg
+        for x_N in ((0.0, 1.0, 2.0, 3.0), (0.0, 0.1, 0.3, 0.4))
+    )
+    ticks = re.findall(r"<text[^>]*>([^<]*\d[^<]*)</text>", whole)
+    assert {"0", "1", "2", "3"} <= set(ticks)
+    assert not any("." in tick for tick in ticks[: len(ticks) // 2])
+    assert any("." in tick for tick in re.findall(r"<text[^>]*>([^<]*\d[^<]*)</text>", parts))
