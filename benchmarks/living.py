@@ -203,12 +203,12 @@ def facts(args: argparse.Namespace, flags: list[str]) -> None:
         "base": base,
         "added": update(base, workdir / "added", f"--add={files['added']}", *flags),
         "deleted": update(base, workdir / "deleted", f"--delete={files['deleted']}", *flags),
-        "deleted, from scratch": update(
+        "deleted, trained on": update(
             base,
-            workdir / "deleted_from_scratch",
+            workdir / "deleted_trained_on",
             f"--delete={files['deleted']}",
             *flags,
-            "--gin=update.from_scratch = True",
+            "--gin=update.memory = 'trained_on'",
         ),
     }
     found["retrained with added"] = retrained(found["added"], workdir / "retrained", flags)
@@ -228,7 +228,7 @@ def facts(args: argparse.Namespace, flags: list[str]) -> None:
     for name, peer in (
         ("added", "retrained with added"),
         ("deleted", "never saw deleted"),
-        ("deleted, from scratch", "never saw deleted"),
+        ("deleted, trained on", "never saw deleted"),
     ):
         for group in groups:
             for system in ("memory", "memory alone"):

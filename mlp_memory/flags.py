@@ -27,8 +27,8 @@ or not. A document to delete is one whose tokens are those of a document in the 
 updated stays as it is; delete it once nothing should be left of what was deleted. A killed update
 goes on where it stopped when the same command is given again.
 
-The memory is trained on, and so keeps a trace of what is deleted. Where none may stay, have index, teachers
-and memory made anew of what is left, at the price of a distillation: --gin='update.from_scratch=True'
+Additions cost what is added. A deletion has index, teachers and memory made anew of what is left: one that
+is only trained on keeps much of what it knew (--gin='update.memory="trained_on"' where that will do).
 """
 _PLAN_EPILOG = """\
 For Wikipedia's five billion tokens and Llama-2-7B, keys as 256 numbers of one byte, 500 workers:
@@ -139,7 +139,7 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 
 def _add_update(stages: argparse._SubParsersAction) -> None:
-    text = "documents added to a memory, or deleted from it, without making it again"
+    text = "documents added to a memory without making it again, or deleted from it"
     update = stages.add_parser(
         "update",
         help=text,

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mlp_memory.settings import check_number, check_whole
+from mlp_memory.settings import check_choice, check_number, check_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +20,10 @@ class UpdateConfig:
         ones as well (docs/results.md).
       warmup: steps up to it.
       evaluations: validations on the way; each is a checkpoint, from which a killed run goes on.
-      from_scratch: index, teachers and memory are made anew of the documents that are left, and nothing of
-        the above is used: only tokens and keys are taken over. The memory has then never seen what was
-        deleted, at the price of a distillation.
+      memory: "trained_on" is the base's, trained on at the chosen rows. "from_scratch" makes index, teachers
+        and memory anew of all documents that are left; only tokens and keys are taken over, and nothing of
+        the above is used. It costs a distillation, and has never seen what was deleted: training on
+        takes away little of that (docs/results.md). "auto" is "from_scratch" where documents are deleted.
     """
 
     affected: float = 0.25
@@ -33,9 +34,10 @@ class UpdateConfig:
     learning_rate: float = 0.0
     warmup: int = 20
     evaluations: int = 2
-    from_scratch: bool = False
+    memory: str = "auto"
 
     def __post_init__(self):
         check_whole(self, {"probe_rows": 1, "probe_neighbours": 1, "warmup": 0, "evaluations": 1})
+        check_choice(self, {"memory": ("auto", "trained_on", "from_scratch")})
         any_size = (0.0, float("inf"))
         check_number(self, dict.fromkeys(("affected", "replay", "passes", "learning_rate"), any_size))

@@ -36,6 +36,11 @@ class Request:
     delete_files: tuple[str, ...]
     text_field: str
 
+    @property
+    def deletes(self) -> bool:
+        """Whether documents are to be deleted."""
+        return bool(self.delete or self.delete_files)
+
     def record(self) -> dict[str, Any]:
         """Plain JSON that says what was asked for; files by their contents."""
         return {

@@ -72,10 +72,14 @@ class Update:
             decoder: self._decoder,
             "embed": self._embed,
         }
-        if not self.job.config.update.from_scratch:
+        if not self._from_scratch():
             work |= {"index": self._index, "retrieve": self._retrieve, "distill": self._distill}
         stages = map(pipeline.find_stage, ("tokenize", decoder, "embed", "index", "retrieve", "distill"))
         return [dataclasses.replace(stage, work=work.get(stage.name, stage.work)) for stage in stages]
+
+    def _from_scratch(self) -> bool:
+        how = self.job.config.update.memory
+        return how == "from_scratch" or (how == "auto" and self.request.deletes)
 
     def _corpus(self, job: Job, directory: Directory) -> None:
         from mlp_memory.updating.corpus import update_corpus

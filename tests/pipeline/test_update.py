@@ -42,7 +42,8 @@ def update_recipe(recipe, folder):
     """The small recipe with exact search, so that teachers can be compared bit for bit."""
     path = folder / "update.gin"
     text = recipe.read_text() + '\nindex.backend = "exact"\nretrieve.temperature = 1.0\n'
-    path.write_text(text + "distill.alpha = 0.5\ndistill.block_rows = 8\nembed.chunk_rows = 256\n")
+    text += "distill.alpha = 0.5\ndistill.block_rows = 8\nembed.chunk_rows = 256\n"
+    path.write_text(text + 'update.memory = "trained_on"\n')
     return path
 
 
@@ -220,10 +221,10 @@ def test_an_update_that_is_killed_goes_on_and_ends_in_the_same_bytes(
     assert [name for name in expected if found[name] != expected[name]] == []
 
 
-def test_from_scratch_is_what_is_left_made_anew(mlp_memory, words, updated, tmp_path):
+def test_a_deletion_is_made_from_scratch_of_what_is_left(mlp_memory, words, updated, tmp_path):
     """The same memory as of the stages themselves over the same tokens; said again, it stays from scratch."""
     anew, peer = tmp_path / "anew", tmp_path / "peer"
-    answer = mlp_memory(*words, f"--output={anew}", "--gin=update.from_scratch=True")
+    answer = mlp_memory(*words, f"--output={anew}", "--gin=update.memory='auto'")
     assert answer.code == 0, answer.error
     assert "made anew" in answer.out
     peer.mkdir()
