@@ -8,6 +8,10 @@ Its peer is retrained on everything: the same decoder, all keys, index, teachers
 Perplexity of decoder + memory on held-out text of both kinds, λ tuned on the old kind's validation part
 as always, and the seconds of each stage.
 
+`deletion`, after `documents`: the added documents deleted again from the memory retrained on everything, made
+anew or only trained on. The peer is the memory before, which never saw them: loss at the deleted
+documents' own rows, and validation perplexity.
+
 `facts`: invented entities (mlp_memory/evaluation/facts.py), told in some words and asked in others. Some
 are known from the start, some are added, some of the known deleted. Peers: retrained on everything, and
 a memory that never saw the deleted ones. Of each group of facts: how often the right answer of ten is
@@ -41,6 +45,7 @@ from mlp_memory.index.scann_shard import load
 from mlp_memory.index.search import open_index
 from mlp_memory.index.shards import single_rows
 from mlp_memory.job import Job
+from mlp_memory.memory.score import memory_log_probs
 from mlp_memory.recipes import load_config
 from mlp_memory.workdir import seconds_by_stage
 
@@ -132,6 +137,28 @@ def documents(args: argparse.Namespace, flags: list[str]) -> None:
         print(f"{name:10} update {spent[name]:8.1f} s   retraining {whole.get(name, 0):8.1f} s")
     ratio = sum(spent.values()) / sum(whole.values())
     print(f"update {sum(spent.values()):.0f} s = {ratio:.1%} of retraining's {sum(whole.values()):.0f} s")
+
+
+def deletion(args: argparse.Namespace, flags: list[str]) -> None:
+    """Prints the table of the deletion experiment."""
+    workdir = Path(args.workdir)
+    words = (f"--delete={workdir / 'new.jsonl'}", *flags)
+    found = {"never saw them": workdir / "base", "before": workdir / "retrained"}
+    for how in ("trained_on", "from_scratch"):
+        folder = workdir / f"deleted_{how}"
+        found[how] = update(workdir / "retrained", folder, *words, f"--gin=update.memory = '{how}'")
+    jobs = {name: Job(Directory(w), load_config([], [], Directory(w))) for name, w in found.items()}
+    stream, states = jobs["before"].stream("train"), jobs["before"].states()
+    first, last = len(jobs["never saw them"].stream("train")), len(stream)
+    asks = stream.has_next(first, last)
+    taps_NxD, labels_N = np.asarray(states[first:last], np.float32)[asks], stream.labels(first, last)[asks]
+    for name, job in jobs.items():
+        memory, made = job.memory()
+        log_prob_N = memory_log_probs(memory, taps_NxD, labels_N, job.mesh, np.float32)
+        line = f"loss at the deleted rows {-log_prob_N.mean():.4f}"
+        perplexity = made.facts["validation"]["validation_perplexity"]
+        spent = sum(seconds(found[name], MADE_AGAIN).values())
+        print(f"{name:16} {line}  base + memory, validation {perplexity:.2f}  {spent:.0f} s")
 
 
 def asked(workdir: Path, questions: list[Question]) -> dict[str, np.ndarray]:
@@ -305,7 +332,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("documents", "facts", "index"))
+    parser.add_argument("what", choices=("documents", "deletion", "facts", "index"))
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--gin_file", default="gin_configs/studies/enwiki_small_cpu.gin")
     parser.add_argument("--gin", action="append", default=[])
@@ -317,12 +344,13 @@ def main() -> None:
     flags = [f"--gin_file={args.gin_file}", *ALONE, *(f"--gin={binding}" for binding in args.gin)]
     if args.what == "index":
         index(args)
-    elif args.what == "documents":
+    elif args.what == "facts":
+        facts(args, flags)
+    else:
         part = ["corpus.elsewhere = {'new': @new/part()}", "new/part.source = 'jsonl'"]
         part += [f"new/part.train_files = ['{args.held_out}']"]
-        documents(args, [*flags, *(f"--gin={binding}" for binding in part)])
-    else:
-        facts(args, flags)
+        run = documents if args.what == "documents" else deletion
+        run(args, [*flags, *(f"--gin={binding}" for binding in part)])
 
 
 if __name__ == "__main__":
