@@ -109,7 +109,8 @@ def test_teacher_and_memory_come_out_of_a_small_store(small_run, recipe, tmp_pat
         assert 0 < variation < 0.25
 
     (tmp_path / "added.txt").write_text("A document of a few words, added later. " * 20)
-    run(UPDATE, workdir, tmp_path / "updated", tmp_path / "added.txt", recipe, *bindings)
+    trained_on = (*bindings, "update.memory='trained_on'")
+    run(UPDATE, workdir, tmp_path / "updated", tmp_path / "added.txt", recipe, *trained_on)
     updated = peek(Directory(tmp_path / "updated/memory")).facts
     assert updated["checksums"] != memory["checksums"]
     assert updated["validation"]["validation_memory_perplexity"] < 1.05 * loss
