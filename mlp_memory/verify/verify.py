@@ -58,6 +58,8 @@ def _parents(job: Job, checked: Sequence[Checked]) -> set[str]:
         if manifest is None or not manifest.finished or manifest.kind == "index_shard":
             continue
         for parent, before in manifest.parents.items():
+            if parent == "update":  # the digest of update.json, which the workdir's own seal has too
+                continue
             path = "corpus/vocabulary" if parent == "vocabulary" else parent
             found.add(path)
             now, _ = read_manifest(job.workdir, path)

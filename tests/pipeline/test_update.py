@@ -327,6 +327,14 @@ def test_another_request_for_the_same_output_is_refused(mlp_memory, base, update
     assert "was begun with other add" in answer.error
 
 
+def test_verify_finds_an_update_sound_and_misses_nothing(mlp_memory, updated):
+    answer = mlp_memory("verify", f"--workdir={updated}")
+    assert answer.code == 0, answer.out
+    assert "is gone" not in answer.out + answer.error
+    assert "not there any more" not in answer.out + answer.error
+    assert "update.json" not in answer.out + answer.error
+
+
 def test_tokenize_does_not_undo_an_update(mlp_memory, updated, tmp_path):
     workdir = tmp_path / "workdir"
     shutil.copytree(updated, workdir)
