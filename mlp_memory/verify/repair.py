@@ -169,6 +169,9 @@ def _reopen(workdir: Directory, folder: str, manifest: Manifest, bad: Collection
         if chunk not in bad:
             marks = {name: checksums[chunk] for name, checksums in manifest.checksums.items()}
             ChunkWriter.mark(directory, chunk, marks)
+        else:  # a last chunk is written in part, for which what is there would be read
+            for name, spec in manifest.arrays.items():
+                directory.delete_file(f"{name}/{artifacts.chunk_key(spec, chunk)}")
     if top != folder:
         _unfinish(workdir / top)
     _write_unfinished(directory, manifest)

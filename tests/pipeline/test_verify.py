@@ -118,6 +118,17 @@ def test_repair_makes_a_chunk_alone(mlp_memory, workdir, rng):
     assert [path for path in chunks if path.stat().st_mtime_ns != before[path]] == [bad]
 
 
+def test_a_damaged_last_chunk_which_is_written_in_part_is_made_again(mlp_memory, workdir):
+    """Writing a part of a chunk reads the rest of what is there."""
+    scores = workdir / "reports/rows/other/base_memory/c"
+    bad = max((path for path in scores.iterdir() if path.is_file()), key=lambda path: int(path.name))
+    kept = bad.read_bytes()
+    bad.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    answer = mlp_memory("verify", f"--workdir={workdir}", "--repair")
+    assert answer.code == 0, answer.out + answer.error
+    assert bad.read_bytes() == kept
+
+
 def test_a_repair_that_was_killed_is_gone_on_with(mlp_memory, workdir, rng):
     chunk = next(path for path in (workdir / "targets/probs/c").rglob("*") if path.is_file())
     kept = chunk.read_bytes()
