@@ -120,10 +120,10 @@ def _update(args: argparse.Namespace) -> None:
     from mlp_memory.parallel.hosts import joined
     from mlp_memory.updating.request import read_request
     from mlp_memory.updating.update import Update, summary
+    from mlp_memory.verify.verify import saved_config
 
     base, workdir = Directory(args.workdir), Directory(args.output)
-    begun = (not workdir.is_local or workdir.path.is_dir()) and workdir.read(SAVED) is not None
-    config = load_config(args.gin_file, args.gin, workdir if begun else base)
+    config = load_config(args.gin_file, args.gin, base, saved_config(workdir))
     update = Update(read_request(base, args.add, args.delete, config.corpus.text_field), workdir, config)
     with joined(config.hosts) as hosts:
         stage = None
