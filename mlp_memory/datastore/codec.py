@@ -77,6 +77,8 @@ class Codec:
     def _check_shapes(self) -> None:
         mean_D, components_DxE, scale_E = self.mean_D, self.components_DxE, self.scale_E
         arrays = [array for array in (mean_D, components_DxE, scale_E) if array is not None]
+        if components_DxE is not None and (mean_D is None or components_DxE.ndim != 2):
+            raise ValueError("its components are not those of a mean")
         wanted = [mean_D.shape] if mean_D is not None else []
         wanted += [(*mean_D.shape, components_DxE.shape[1])] if components_DxE is not None else []
         keys = wanted[-1][-1:] if wanted else ()

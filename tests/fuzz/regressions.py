@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from mutate import DEEP, Files, npy
 from readers import READERS
 
@@ -44,6 +45,12 @@ def _gguf(tensors: int, entries: int, rest: bytes = b"") -> Make:
 
 def _text(text: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text
+
+
+def _codec(**arrays: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, explained=1.0, clipped=0.0, **{name: a.astype(np.float32) for name, a in arrays.items()})
+    return file.getvalue()
 
 
 def _npz(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
@@ -161,6 +168,8 @@ REGRESSIONS: dict[str, dict[str, Make]] = {
         "objects": lambda: {"codec.npz": _npz({"mean_D.npy": _OBJECTS})},
         "packed": lambda: {"codec.npz": _npz({"mean_D.npy": bytes(1 << 28)}, zipfile.ZIP_DEFLATED)},
         "a header that is no Python": lambda: {"codec.npz": _npz({"a.npy": b"\x93NUMPY\x01\0\x06\0{'a':("})},
+        "components without a mean": lambda: {"codec.npz": _codec(components_DxE=np.eye(3))},
+        "components in a row": lambda: {"codec.npz": _codec(mean_D=np.zeros(3), components_DxE=np.zeros(3))},
     },
     "checkpoint": {
         "a checksum for all": _seed(
