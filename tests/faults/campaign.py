@@ -7,8 +7,10 @@
 Parts, all of them if none is named:
 
   kills      `run` is sent SIGKILL or SIGTERM at random moments of every stage, several times a run
+  updates    the same of an `update` that adds and deletes documents, a quarter as often
   flips      a random bit of each file of a finished run is flipped: `verify` names the file
-  repairs    files of every artifact are flipped or cut off: `verify --repair` gives the bytes back
+  repairs    a file of every artifact is flipped or cut off: `verify --repair`, at times killed and given
+             again, gives the bytes back; given again, the part hurts other files
   truncated  the checkpoint that a training would go on from is cut off: one line, then from the start
   full       the disk is full (a tmpfs of a few hundred kilobytes, then grown): one line, then the run goes on
   readonly   the workdir is read-only (a bind mount): one line
@@ -27,13 +29,14 @@ import datetime
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +48,7 @@ import conftest  # noqa: E402 (the tests' own recipe)
 from test_kill import compared  # noqa: E402
 from test_verify import faults, files_of, flip  # noqa: E402
 
-PARTS = ("kills", "flips", "repairs", "truncated", "full", "readonly", "two", "clock", "lost")
+PARTS = ("kills", "updates", "flips", "repairs", "truncated", "full", "readonly", "two", "clock", "lost")
 # Of a run that is hurt so often, the last start is left alone to its end.
 KILLS_PER_RUN = 25
 _SITE = """
@@ -93,9 +96,9 @@ class Campaign:
         env = {**self.environment(), **more}
         return subprocess.run(self.words(workdir, *command), env=env, capture_output=True, text=True)
 
-    def differing(self, workdir: Path) -> list[str]:
-        """Files that are not those of the unhurt run."""
-        expected, found = compared(self.reference), compared(workdir)
+    def differing(self, workdir: Path, reference: Path | None = None) -> list[str]:
+        """Files that are not those of an unhurt run."""
+        expected, found = compared(reference or self.reference), compared(workdir)
         names = {*expected, *found}
         return sorted(name for name in names if expected.get(name) != found.get(name))
 
@@ -112,13 +115,20 @@ class Campaign:
             file.write(json.dumps(event) + "\n")
         print(f"{fault:12} {stage:10} {verdict}", flush=True)
 
-    def verdict(self, workdir: Path, done: subprocess.CompletedProcess, log: str = "") -> str:
+    def verdict(
+        self,
+        workdir: Path,
+        done: subprocess.CompletedProcess,
+        log: str = "",
+        reference: Path | None = None,
+    ) -> str:
         """After a run that has been hurt and then left alone to its end."""
         if done.returncode != 0:
             return f"FAILED: {done.returncode} {done.stderr[-300:]}"
         if "Traceback" in log + done.stderr:
             return "FAILED: a traceback"
-        return f"FAILED: {differing[:3]} differ" if (differing := self.differing(workdir)) else "same bytes"
+        differing = self.differing(workdir, reference)
+        return f"FAILED: {differing[:3]} differ" if differing else "same bytes"
 
 
 def _commit() -> str:
@@ -127,9 +137,9 @@ def _commit() -> str:
 
 
 def _stage(said: str) -> str:
-    """The stage that the last line of `run` about one names."""
-    lines = [line for line in said.splitlines() if line.startswith("--- ")]
-    return lines[-1].split()[1].rstrip(":") if lines else "start"
+    """The stage that the last line of `run` or `update` about one names."""
+    names = re.findall(r"^--- ((?:update: )?\w+):", said, re.MULTILINE)
+    return names[-1] if names else "start"
 
 
 def _one_line(done: subprocess.CompletedProcess) -> bool:
@@ -145,12 +155,45 @@ def _copy(campaign: "Campaign", name: str) -> Path:
 
 
 def kills(campaign: Campaign, count: int) -> None:
-    """Random kills, `count` with those of earlier starts; each counted once its run has ended."""
-    count -= sum(event["fault"].startswith("SIG") for event in campaign.counted())
+    """Random kills of `run`."""
+    recipe = campaign.folder / "recipe/tiny.gin"
+    _kill(
+        campaign, count, campaign.reference, "", lambda to: campaign.words(to, "run", f"--gin_file={recipe}")
+    )
+
+
+def updates(campaign: Campaign, count: int) -> None:
+    """Random kills of an `update` of the unhurt run that adds documents and deletes others."""
+    added, reference = campaign.folder / "added.jsonl", campaign.folder / "updated"
+    words, rng = (campaign.folder / "recipe/train.jsonl").read_text().split(), np.random.default_rng(7)
+    texts = [" ".join(word.strip('{}":.') for word in rng.choice(words, 60)) for _ in range(9)]
+    added.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    more = (f"--add={added}", "--delete=2,5-6", "--gin=update.memory='trained_on'")
+
+    def command(to: Path) -> list[str]:
+        return campaign.words(campaign.reference, "update", *more, f"--output={to}")
+
+    done = subprocess.run(command(reference), env=campaign.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    _kill(campaign, count // 4, reference, "update: ", command)
+
+
+def _kill(
+    campaign: Campaign, count: int, reference: Path, prefix: str, words: Callable[[Path], list[str]]
+) -> None:
+    """Random kills, `count` with those of earlier starts; each counted once its run has ended.
+
+    Args:
+      reference: an unhurt run of the command.
+      prefix: of the names that its stages have on the screen.
+      words: the command that makes a folder.
+    """
+    earlier = [event["stage"] for event in campaign.counted() if event["fault"].startswith("SIG")]
+    count -= sum(stage.startswith("update: ") == bool(prefix) for stage in earlier)
     seconds = {}
-    for line in (campaign.reference / "times.jsonl").read_text().splitlines():
+    for line in (reference / "times.jsonl").read_text().splitlines():
         entry = json.loads(line)
-        seconds[entry["stage"]] = entry["seconds"]
+        seconds[prefix + entry["stage"]] = entry["seconds"]
     while count > 0:
         workdir, log, hurt = campaign.folder / "killed", campaign.folder / "killed.log", []
         shutil.rmtree(workdir, ignore_errors=True)
@@ -159,7 +202,7 @@ def kills(campaign: Campaign, count: int) -> None:
             before = log.read_text().count("--- ")
             with log.open("a") as file:
                 process = subprocess.Popen(
-                    campaign.words(workdir), env=campaign.environment(), stdout=file, stderr=file
+                    words(workdir), env=campaign.environment(), stdout=file, stderr=file
                 )
             if campaign.rng.random() < 0.15:  # while it starts
                 wait = campaign.rng.uniform(0, 3)
@@ -173,11 +216,13 @@ def kills(campaign: Campaign, count: int) -> None:
             if process.poll() is not None:
                 break  # it was done
             sent = signal.SIGKILL if campaign.rng.random() < 0.6 else signal.SIGTERM
-            stage = _stage(log.read_text()) if log.read_text().count("--- ") > before else "start"
+            said = log.read_text()
+            stage = _stage(said) if said.count("--- ") > before else f"{prefix}start"
             process.send_signal(sent)
             process.wait()
             hurt.append((sent.name, stage))
-        verdict = campaign.verdict(workdir, campaign.run(workdir), log.read_text())
+        done = subprocess.run(words(workdir), env=campaign.environment(), capture_output=True, text=True)
+        verdict = campaign.verdict(workdir, done, log.read_text(), reference)
         for fault, stage in hurt:
             campaign.count(fault, stage, verdict)
         count -= len(hurt)
@@ -216,6 +261,19 @@ def repairs(campaign: Campaign) -> None:
         else:
             fault = "cut, repair"
             os.truncate(path, int(campaign.rng.integers(path.stat().st_size)))
+        if campaign.rng.random() < 0.5:
+            process = subprocess.Popen(
+                campaign.words(workdir, "verify", "--repair"),
+                env=campaign.environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            try:
+                process.wait(campaign.rng.uniform(1, 20))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                fault += ", killed"
         done = campaign.run(workdir, "verify", "--repair")
         verdict, name = campaign.verdict(workdir, done), str(path.relative_to(workdir))
         if verdict == "same bytes" and (left := faults(workdir)):
@@ -411,7 +469,7 @@ def main() -> None:
         campaign.make_reference()
     for part in parts:
         work = globals()[part]
-        work(campaign, args.kills) if part == "kills" else work(campaign)
+        work(campaign, args.kills) if part in ("kills", "updates") else work(campaign)
     found = table(campaign.counted())
     print(found)
     if args.write:
