@@ -100,7 +100,8 @@ class StepCheckpoints:
     def _saving(self) -> Iterator[None]:
         """What goes wrong with a save, this one or one before, in one line."""
         try:
-            yield
+            with _telling_once():
+                yield
         except (OSError, ValueError) as error:
             raise UserError(f"cannot save {self._directory}: {artifacts.first_line(error)}") from error
 
@@ -115,26 +116,31 @@ def _of_process_0(step: int) -> int:
     return step if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(step)))
 
 
-def _load(read: Callable[[], Any], where: str) -> Any:
-    """What `read` gives; a checkpoint that cannot be read is one line.
+@contextlib.contextmanager
+def _telling_once() -> Iterator[None]:
+    """Orbax's event loop tells of a failure a second time, in tracebacks of its own while it is taken down.
 
-    Orbax's event loop tells of a failed read a second time, in tracebacks of its own while it
-    is taken down; the loop is gone with the process, so they are not let through.
+    The loop is gone with the process, so after a failure they are not let through.
     """
     loud, asyncio_log = sys.unraisablehook, logging.getLogger("asyncio")
     level = asyncio_log.level
     sys.unraisablehook = lambda _: None
     asyncio_log.setLevel(logging.CRITICAL + 1)
+    yield
+    sys.unraisablehook = loud
+    asyncio_log.setLevel(level)
+
+
+def _load(read: Callable[[], Any], where: str) -> Any:
+    """What `read` gives; a checkpoint that cannot be read is one line."""
     try:
-        value = read()
+        with _telling_once():
+            return read()
     except Exception as error:  # Orbax has no one class for "this checkpoint is damaged"
         raise UserError(
             f"cannot read checkpoint {where}: {artifacts.first_line(error)}; "
             "delete its folder and run the stage again"
         ) from error
-    sys.unraisablehook = loud
-    asyncio_log.setLevel(level)
-    return value
 
 
 @jax.jit
@@ -182,7 +188,7 @@ def publish(directory: Directory, manifest: Manifest, params: Any, **facts: Any)
     """
     # First the checksums: what saving has used is not all given back at once.
     facts["checksums"] = checksums(params)
-    with _bounded(params):
+    with _bounded(params), _telling_once():
         ocp.save((directory / "model").location, params, overwrite=True)
     flat = nnx.traversals.flatten_mapping(params)
     dtypes = {".".join(map(str, path)): value.dtype.name for path, value in flat.items()}

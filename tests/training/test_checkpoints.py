@@ -1,6 +1,7 @@
 """Published models: what is saved comes back, whatever its size, and is told from any other."""
 
 import resource
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -75,13 +76,27 @@ def _save_twice(directory: Directory) -> None:
     steps.close()
 
 
-def test_a_save_that_the_disk_refuses_is_one_line_whichever_call_meets_it(tmp_path, capfd) -> None:
+class _Loud:
+    def __del__(self) -> None:
+        raise RuntimeError("told again while it is taken down")
+
+
+def test_a_save_that_the_disk_refuses_is_one_line_whichever_call_meets_it(
+    tmp_path, capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: heard.append(str(found.exc_value)))
+    _save_twice(Directory(tmp_path / "fits"))
+    _Loud()
+    assert len(heard) == 1
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
         with pytest.raises(UserError, match=r"^cannot save .*steps: ") as refused:
-            _save_twice(Directory(tmp_path))
+            _save_twice(Directory(tmp_path / "refused"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    _Loud()
+    assert len(heard) == 1
     assert "\n" not in str(refused.value)
     assert "Traceback" not in capfd.readouterr().err
