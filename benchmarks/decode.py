@@ -129,7 +129,7 @@ class Datastore:
         blocks = (keys[start : start + (1 << 16)] for start in range(0, rows, 1 << 16))
         scann_shard.write_shard(folder.path, trained, blocks, *keys.shape)
         finish(folder, Manifest("index_shard", {}, {}), rows=[0, rows], leaves=trained.leaves, bytes={})
-        return scann_shard.ScannShard(folder, max(1, leaves // 5), 4 * k).search
+        return scann_shard.ScannShard(folder, max(1, leaves // 5), 4 * k, (0, rows)).search
 
     def distribution(self, search: Search, k: int):
         """Queries to p_kNN; τ is a fixed number, no result depends on it."""

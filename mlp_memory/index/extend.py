@@ -1,19 +1,21 @@
 """An index of more rows, made from one of fewer: its shards taken over, new rows in shards of their own."""
 
+import dataclasses
+import math
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from mlp_memory.artifacts import Directory, Manifest, begin, config_dict, finish
-from mlp_memory.index import scann_shard
+from mlp_memory.index import scann_shard, tuning
 from mlp_memory.index.build import build_shard, take_shard
 from mlp_memory.index.config import IndexConfig
 from mlp_memory.index.exact import Rows, exact_search
-from mlp_memory.index.neighbors import exclude_self, recall_at_k
+from mlp_memory.index.neighbors import exclude_self, hits, recall_at_k
 from mlp_memory.index.scann_shard import Trained
-from mlp_memory.index.search import Index
-from mlp_memory.index.shards import Stream, checked_blocks, shard_rows, single_rows
+from mlp_memory.index.search import Index, RowRange
+from mlp_memory.index.shards import Stream, checked_blocks, shard_name, shard_rows, single_rows
 from mlp_memory.index.stage import BRUTE_FORCE_ROWS, ROWS_PER_LEAF, sample_keys
 from mlp_memory.index.tuning import Structure
 from mlp_memory.training.progress import Progress
@@ -38,10 +40,12 @@ def extend_index(
 
     Shards of the other index keep their centres and codes; keys of deleted rows are taken out of
     their files. New rows get shards no longer than those, trained on themselves, with as many leaves a
-    row; a search visits as large a part of them. The work grows with the new rows and the shards
-    that lose any; recall is measured on a sample of 256 rows.
+    row; a search visits as large a part of them, or a larger one where that does not find
+    `index.target_recall` of their own neighbours among them. The work grows with the new rows and the
+    shards that lose any; recall is measured on samples of 256 rows.
 
-    Facts: as of `stage.build_index`, and ranges: the rows of each shard.
+    Facts: as of `stage.build_index`; ranges: the rows of each shard; searches: leaves visited and
+    candidates of each.
 
     Args:
       directory: WORKDIR/index.
@@ -65,6 +69,8 @@ def extend_index(
     added = _new_ranges(before, rows)
     facts = {name: value for name, value in found.facts.items() if name not in ("recall_low", "tuning")}
     facts |= {"shards": len(before) + len(added), "keys": int(valid_N.sum()), "ranges": [*before, *added]}
+    usual = [facts.get(name, 0) for name in ("leaves_to_search", "reorder")]
+    searches = list(found.facts.get("searches", [usual] * len(before)))
     if config.backend == "exact":
         for start, stop in added:
             for _ in checked_blocks(keys, stream, start, stop):
@@ -79,7 +85,9 @@ def extend_index(
             structure, trained = _train(found, before, keys, stream, extent, config)
             work = (keys, stream, datastore_fingerprint, structure, trained, extent)
             build_shard(directory, shard, facts["shards"], *work)
+            searches.append(_search_of(directory / shard_name(shard), facts, work, config, neighbors_k, mesh))
             progress.advance(1)
+    facts["searches"] = searches
     index = Index(directory, keys, valid_N, mesh, facts["shards"], made_with, facts)
     finish(directory, manifest, **facts | _recall(index, keys, valid_N, config, neighbors_k, mesh))
 
@@ -120,6 +128,50 @@ def _train(
     tree = scann_shard.train_tree(sample_SxD, count, config.reorder_dtype)
     trained = scann_shard.train_codes(tree, sample_SxD, width)
     return Structure(trained.leaves, width), trained
+
+
+def _search_of(
+    directory: Directory,
+    facts: dict[str, Any],
+    work: tuple[Rows, Stream, str, Structure, Trained, list[int]],
+    config: IndexConfig,
+    k: int,
+    mesh: Mesh | None,
+) -> list[int]:
+    """Leaves and candidates with which a new shard is searched.
+
+    As large a part of it as of the others to begin with; more until a sample of its rows finds
+    config.target_recall of its neighbours in the shard, less 1.96 standard errors.
+    """
+    keys, stream, _, structure, _, (start, stop) = work
+    valid_S = stream.has_next(start, stop)
+    rows_K = np.flatnonzero(valid_S)
+    setting = tuning.Setting(facts["leaves_to_search"], facts["reorder"])
+    if not structure.leaves:
+        return list(dataclasses.astuple(setting))
+    part = structure.leaves / facts["leaves"]
+    setting = tuning.Setting(math.ceil(setting.leaves_to_search * part), setting.reorder)
+    shard = scann_shard.ScannShard(directory, *dataclasses.astuple(setting), (start, stop))
+    rng = np.random.default_rng(config.sample_seed)
+    asked_Q = np.sort(rng.choice(rows_K, size=min(_RECALL_SAMPLE, len(rows_K)), replace=False))
+    of_shard = RowRange(keys, start, stop)
+    queries_QxE = single_rows(of_shard, asked_Q)
+    exact = exact_search(of_shard, valid_S, queries_QxE, k + 1, mesh)
+    truth_Qxk = _from(start, exclude_self(*exact, asked_Q, k)[0])
+    while True:
+        shard.leaves_to_search, shard.reorder = dataclasses.astuple(setting)
+        found_Qxk, _ = exclude_self(*shard.search(queries_QxE, k + 1), start + asked_Q, k)
+        recall_Q = hits(found_Qxk, truth_Qxk).sum(axis=1) / (truth_Qxk >= 0).sum(axis=1)
+        most = tuning.Setting(structure.leaves, len(rows_K))
+        if setting == most or tuning.trial(setting, recall_Q, 0.0).low >= config.target_recall:
+            return list(dataclasses.astuple(setting))
+        wider = 2 * setting.leaves_to_search, 2 * setting.reorder
+        setting = tuning.Setting(min(wider[0], most.leaves_to_search), min(wider[1], most.reorder))
+
+
+def _from(first: int, rows_Qxk: np.ndarray) -> np.ndarray:
+    """Rows of a range as rows of all; -1 stays."""
+    return np.where(rows_Qxk < 0, -1, first + rows_Qxk)
 
 
 def _recall(

@@ -288,18 +288,24 @@ def keep_positions(folder: Path, keep_P: np.ndarray) -> None:
 class ScannShard:
     """One shard, loaded. Memory: its keys and codes, 4.5·d bytes per row, less where keys are rounded."""
 
-    def __init__(self, directory: Directory, leaves_to_search: int, reorder: int):
+    def __init__(self, directory: Directory, leaves_to_search: int, reorder: int, extent: tuple[int, int]):
         """Loads it.
 
+        Args:
+          directory: of the shard.
+          leaves_to_search, reorder: see `IndexConfig`.
+          extent: its first row, and one past its last.
+
         Raises:
-          UserError: a file is missing or damaged.
+          UserError: a file is missing or damaged, or it is of other rows.
         """
         self.leaves_to_search, self.reorder = leaves_to_search, reorder
         manifest = peek(directory)
         if manifest is None or not manifest.finished:
             raise UserError(f"{directory} is missing: run `python -m mlp_memory index` first")
         self._where = str(directory)
-        start, stop, sizes = _facts(directory, manifest)
+        sizes = _sizes(directory, manifest, extent)
+        start, stop = extent
         self._local = None
         if directory.is_local:
             path = directory.path
@@ -367,19 +373,18 @@ class ScannShard:
         return rows_Qxk, sqdist_Qxk
 
 
-def _facts(directory: Directory, manifest: Manifest) -> tuple[int, int, dict[str, int]]:
-    """First row, one past the last, and the files' sizes by name.
+def _sizes(directory: Directory, manifest: Manifest, extent: tuple[int, int]) -> dict[str, int]:
+    """The files' sizes by name.
 
     Raises:
-      UserError: they are those of no shard.
+      UserError: it is no shard of these rows.
     """
     names = {GAPS, SPACE, *(f"{FOLDER}/{name}" for name in (*_ASSETS, _CONFIG))}
-    rows, sizes = manifest.facts["rows"], manifest.facts["bytes"]
-    whole = isinstance(rows, list) and len(rows) == 2 and all(type(row) is int for row in rows)
-    whole = whole and type(manifest.facts["leaves"]) is int and manifest.facts["leaves"] >= 0
-    if not (whole and 0 <= rows[0] <= rows[1] and isinstance(sizes, dict) and names >= sizes.keys()):
+    sizes, leaves = manifest.facts["bytes"], manifest.facts["leaves"]
+    whole = isinstance(sizes, dict) and names >= sizes.keys() and type(leaves) is int and leaves >= 0
+    if not whole or manifest.facts["rows"] != list(extent):
         raise UserError(f"{directory}/manifest.json is damaged: delete {directory} and run `index` again")
-    return *rows, sizes
+    return sizes
 
 
 def load(folder: Path, names: list[Any] | None = None) -> Any:

@@ -1,12 +1,13 @@
 """The index as others see it: shards of rows, searched one at a time and merged."""
 
-import math
+import dataclasses
 from typing import Any, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
 
-from mlp_memory.artifacts import Directory, UserError, peek
+from mlp_memory.artifacts import Directory, UserError, first_line, peek
+from mlp_memory.index.config import IndexConfig
 from mlp_memory.index.exact import Rows, exact_search
 from mlp_memory.index.neighbors import nearest_first
 from mlp_memory.index.scann_shard import ScannShard
@@ -41,17 +42,20 @@ class Index:
         config: dict[str, Any],
         facts: dict[str, Any],
     ):
-        counts = [shards, *(facts.get(name, 0) for name in ("leaves_to_search", "reorder"))]
-        if not all(type(n) is int and n >= 0 for n in counts) or shards > max(len(valid_N), 1 << 16):
-            raise UserError(f"{directory}/manifest.json is damaged: delete {directory} and run `index` again")
+        try:
+            self.ranges = _ranges(len(valid_N), shards, facts)
+            IndexConfig(**{field.name: config[field.name] for field in dataclasses.fields(IndexConfig)})
+        except (UserError, ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{directory}/manifest.json is damaged ({first_line(error)}): delete {directory} and run "
+                "`index` again"
+            ) from error
         self.facts, self.shards = facts, shards
-        equal = (shard_rows(len(valid_N), shards, s) for s in range(shards))
-        self.ranges = [(start, stop) for start, stop in facts.get("ranges", equal)]
         self.leaves_to_search, self.reorder = facts.get("leaves_to_search", 0), facts.get("reorder", 0)
         self._directory, self._keys, self._valid_N, self._mesh = directory, keys, valid_N, mesh
         self._backend, self._approximate_recall = config["backend"], config["approximate_recall"] or None
         self._loaded: dict[int, Searcher] = {}
-        self._loaded_bytes = int(config["shard_gigabytes"] * 1e9)
+        self._loaded_bytes = config["shard_gigabytes"] * 1e9
 
     def shard(self, s: int) -> Searcher:
         """Shard s, loaded; those loaded before are let go unless all fit `index.shard_gigabytes`.
@@ -73,11 +77,10 @@ class Index:
     def _load(self, s: int) -> Searcher:
         if self._backend == "exact":
             return ExactShard(self._keys, self._valid_N, self.ranges[s], self._mesh, self._approximate_recall)
-        shard = ScannShard(self._directory / shard_name(s), self.leaves_to_search, self.reorder)
-        if shard.leaves and (leaves := self.facts.get("leaves")):
-            # One that was added later has fewer leaves: as large a part of them is visited.
-            shard.leaves_to_search = math.ceil(self.leaves_to_search * shard.leaves / leaves)
-        return shard
+        directory = self._directory / shard_name(s)
+        usual = (self.leaves_to_search, self.reorder)
+        searches = self.facts.get("searches")  # of an index that was extended
+        return ScannShard(directory, *(searches[s] if searches else usual), self.ranges[s])
 
     def search(self, queries_QxE: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest rows of each query that were found, by squared L2 distance.
@@ -108,6 +111,30 @@ class Index:
                 k,
             )
         return rows_Qxk, sqdist_Qxk
+
+
+def _ranges(rows: int, shards: int, facts: dict[str, Any]) -> list[tuple[int, int]]:
+    """The first row of each shard and one past its last.
+
+    Raises:
+      ValueError, TypeError: the facts are those of no index of so many rows.
+    """
+    counts = [shards, *(facts.get(name, 0) for name in ("leaves_to_search", "reorder"))]
+    if not all(type(n) is int and n >= 0 for n in counts) or not 0 < shards <= max(rows, 1 << 16):
+        raise ValueError(f"{shards} shards")
+    equal = (shard_rows(rows, shards, s) for s in range(shards))
+    ranges = [(start, stop) for start, stop in facts.get("ranges", equal)]
+    ends = [row for extent in ranges for row in extent]
+    if len(ranges) != shards or any(type(row) is not int for row in ends) or ends != sorted(ends):
+        raise ValueError("its shards' rows")
+    if not 0 == ends[0] <= ends[-1] == rows:
+        raise ValueError("its shards have other rows than the stream")
+    searches = facts.get("searches", [[0, 0]] * shards)
+    if [len(search) for search in searches] != [2] * shards or not all(
+        type(n) is int and n >= 0 for search in searches for n in search
+    ):
+        raise ValueError("how its shards are searched")
+    return ranges
 
 
 def open_index(directory: Directory, keys: Rows, valid_N: np.ndarray, mesh: Mesh | None = None) -> Index:

@@ -294,7 +294,7 @@ def _loaded_pilot(trained: Trained, sample_SxD: np.ndarray) -> Iterator[ScannSha
         scann_shard.write_shard(folder.path, trained, [sample_SxD], *sample_SxD.shape)
         facts = {"rows": [0, len(sample_SxD)], "leaves": trained.leaves, "bytes": {}}
         finish(folder, Manifest("index_shard", {}, {}), **facts)
-        yield ScannShard(folder, 0, 0)
+        yield ScannShard(folder, 0, 0, (0, len(sample_SxD)))
 
 
 class _Oracle:

@@ -47,6 +47,10 @@ def _text(text: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
+def _index(change: Callable[[Any], Any]) -> Make:
+    return _seed("index", 0, index__manifest_dot_json=_changed(change))
+
+
 def _codec(**arrays: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.savez(file, explained=1.0, clipped=0.0, **{name: a.astype(np.float32) for name, a in arrays.items()})
@@ -211,6 +215,19 @@ REGRESSIONS: dict[str, dict[str, Make]] = {
                     lambda m: m["facts"]["bytes"].update({"../../outside": 1})
                 )
             },
-        )
+        ),
+        "more rows than there are": _seed(
+            "index",
+            0,
+            **{
+                "index__shard-00000__manifest_dot_json": _changed(
+                    lambda m: m["facts"].update(rows=[0, 1 << 62])
+                )
+            },
+        ),
+        "no shards": _index(lambda m: m["facts"].update(shards=0)),
+        "gigabytes in words": _index(lambda m: m["config"].update(shard_gigabytes="-1")),
+        "gigabytes without end": _index(lambda m: m["config"].update(shard_gigabytes=1e308)),
+        "ranges of other rows": _index(lambda m: m["facts"].update(ranges=[[0, 7]])),
     },
 }

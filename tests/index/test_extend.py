@@ -133,6 +133,22 @@ def test_many_new_rows_get_shards_no_longer_than_the_old_ones(tmp_path, rng):
     assert (found >= OLD).any(axis=1).all()
 
 
+def test_new_rows_that_are_harder_to_find_are_searched_for_longer(tmp_path, rng):
+    """Old rows lie in 60 clusters, new ones anywhere."""
+    config, dimension = IndexConfig(recall_sample=300, target_recall=0.9), 24
+    world = World(Directory(tmp_path), rng, config, dimension=dimension)
+    world.keys[OLD:] = rng.normal(size=(NEW, dimension)) * 3
+    world.extend(Directory(tmp_path / "c"))
+    index = open_index(Directory(tmp_path / "c"), world.keys, world.now.valid)
+    usual, longer = index.facts["searches"]
+    assert usual == [index.facts["leaves_to_search"], index.facts["reorder"]]
+    share = index.shard(1).leaves / index.facts["leaves"]
+    assert longer[0] >= 1.9 * share * usual[0]
+    asked = rng.choice(np.arange(OLD, OLD + NEW), 300, replace=False)
+    exact, _ = exact_search(world.keys, world.now.valid, world.keys[asked], K)
+    assert recall_at_k(index.search(world.keys[asked], K)[0], exact) > 0.87
+
+
 def test_it_repeats_and_goes_on_after_a_kill(tmp_path, rng):
     config = IndexConfig(shards=2, recall_sample=50)
     world = World(Directory(tmp_path), rng, config, deleted=[(10, 400)])

@@ -319,6 +319,7 @@ from mlp_memory.artifacts import Directory
 from mlp_memory.index import scann_shard
 from mlp_memory.index.build import build_shard
 from mlp_memory.index.scann_shard import ScannShard
+from mlp_memory.index.shards import shard_rows
 from mlp_memory.index.tuning import Structure
 rows, dimension, shards, directory = *map(int, sys.argv[1:4]), Directory(sys.argv[4])
 
@@ -344,7 +345,7 @@ def build(some):
         build_shard(directory, shard, shards, Keys(), Stream(), "d", Structure(100, 2), trained)
 
 def search(shard):
-    searcher = ScannShard(directory / f"shard-{shard:05d}", 20, 200)
+    searcher = ScannShard(directory / f"shard-{shard:05d}", 20, 200, shard_rows(rows, shards, shard))
     searcher.search(Keys.pool[:512], 100)
 
 trained = scann_shard.train_codes(scann_shard.train_tree(Keys.pool, 100), Keys.pool, 2)
