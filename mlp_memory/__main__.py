@@ -204,6 +204,8 @@ def _work(job: Job, stage: pipeline.Stage, hosts: "Hosts") -> None:
         with timed(job.workdir, stage):
             stage.work(job, job.workdir / stage.folder)
         artifacts.write_sealed(job.workdir, SAVED, resolved_gin(), RECORD)
+    if not stage.is_done(job):  # or `run` would do it for ever
+        raise UserError(f"{stage.name} has ended and {job.workdir / stage.folder} is unfinished: run verify")
 
 
 def _show_results(job: Job) -> None:

@@ -37,7 +37,7 @@ def update_corpus(corpus: Directory, request: Request, request_digest: str, work
     """Writes `train` of an update's corpus; its vocabulary and held-out splits are there.
 
     Documents to add that the stream has already are left out. Facts beside those of a corpus:
-    added_documents, deleted_documents (all so far), deleted_sha256.
+    added_documents, deleted_documents (all so far), deleted_sha256, update (the request's record).
 
     Args:
       corpus: WORKDIR/corpus.
@@ -80,6 +80,7 @@ def update_corpus(corpus: Directory, request: Request, request_digest: str, work
     facts = _facts(base, vocabulary, deleted_D, [texts[d] for d in fresh.tolist()])
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     facts |= {"bounds_sha256": hashes[BOUNDS_NAME], "tokens": int(bounds_D1[-1])}
+    facts |= {"update": request.record()}
     facts |= {"deleted_sha256": hashes[DELETED_NAME]} if len(deleted) else {}
     writer.finish(**facts)
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mlp_memory.artifacts import Directory, UserError, canonical_json, digest, first_line
+from mlp_memory.artifacts import Directory, UserError, canonical_json, digest, first_line, peek
 from mlp_memory.corpus.config import PartConfig
 from mlp_memory.corpus.documents import file_sha256
 
@@ -119,6 +119,19 @@ def read_record(workdir: Directory) -> dict[str, Any] | None:
         raise UserError(
             f"{workdir}/{RECORD} is damaged ({first_line(error)}): run `update` afresh"
         ) from error
+
+
+def restore_record(workdir: Directory) -> None:
+    """Writes the record again as the token stream of the update has it.
+
+    Raises:
+      UserError: there is no such stream yet.
+    """
+    manifest = peek(workdir / "corpus/train")
+    text = canonical_json(manifest.facts.get("update") if manifest else None)
+    if manifest is None or digest(text.encode()) != manifest.parents.get("update"):
+        raise UserError(f"{workdir}/{RECORD} is damaged: give the `update` command again, into a new folder")
+    workdir.write(RECORD, text.encode())
 
 
 def _difference(found: bytes, wanted: dict[str, Any]) -> str:

@@ -58,7 +58,10 @@ class Update:
         self.digest = keep_record(self.job.workdir, self.request)
         for part in pipeline.find_stage("tokenize").parts(self.job.config):
             if part != "train":
-                (self.job.workdir / f"corpus/{part}").take_all(self.base.workdir / f"corpus/{part}")
+                directory = self.job.workdir / f"corpus/{part}"
+                if (found := artifacts.peek(directory)) is not None and not found.finished:
+                    directory.delete_file(artifacts.MANIFEST)  # a repair took away what was damaged
+                directory.take_all(self.base.workdir / f"corpus/{part}")
 
     def next_stage(self) -> Stage | None:
         """The first stage that is not done."""

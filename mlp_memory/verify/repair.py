@@ -15,8 +15,8 @@ from mlp_memory.artifacts import MANIFEST, SEAL, Directory, Manifest, Seal, User
 from mlp_memory.job import Job
 from mlp_memory.recipes import SAVED
 from mlp_memory.targets.certificate import NAME as CERTIFICATE
-from mlp_memory.updating.request import RECORD, read_record
-from mlp_memory.verify.check import Fault, read_manifest
+from mlp_memory.updating.request import RECORD, read_record, restore_record
+from mlp_memory.verify.check import Fault, check_folder, read_manifest
 
 _ZARR = "/zarr.json"
 _OF_AN_UPDATE = ("tokenize", "pretrain", "import", "embed", "index", "retrieve", "distill")
@@ -53,7 +53,7 @@ def repair(job: Job, folder: str, faults: Sequence[Fault], lost: Collection[str]
     """
     workdir = job.workdir
     if not folder:
-        return repair_workdir(workdir)
+        return repair_workdir(workdir, [fault.file for fault in faults])
     directory, stage = workdir / folder, stage_of(job, folder)
     manifest, seal = read_manifest(workdir, folder)
     if stale := [fault for fault in faults if fault.stale]:
@@ -79,6 +79,33 @@ def repair(job: Job, folder: str, faults: Sequence[Fault], lost: Collection[str]
     return _take_away(workdir, folder, stage)
 
 
+def repair_base(job: Job, folders: Collection[str]) -> None:
+    """Repairs what a workdir updates where that has the same damage: files it took over are both's.
+
+    Args:
+      job: the workdir; nothing is done if it is no update.
+      folders: of it, that are damaged.
+
+    Raises:
+      UserError: it cannot be repaired.
+    """
+    try:
+        record = read_record(job.workdir)
+    except UserError:  # it is told of each folder
+        return
+    if record is None:
+        return
+    base = Directory(record["base"])
+    made = [folder for folder in folders if folder and stage_of(job, folder) in _OF_AN_UPDATE]
+    there = [folder for folder in made if read_manifest(base, folder)[0] is not None]
+    if not (shared := [folder for folder in there if check_folder(base, folder).faults]):
+        return
+    print(f"repair: {', '.join(shared)}: first in {base}, of which this is an update", flush=True)
+    words = [sys.executable, "-m", "mlp_memory", "verify", "--repair", f"--workdir={base}"]
+    if subprocess.run(words, check=False).returncode:
+        raise UserError(f"verify: {base} could not be repaired, of which {job.workdir} is an update")
+
+
 def _mend(
     directory: Directory, manifest: Manifest, seal: Seal | None, files: dict[str, int | None]
 ) -> list[str]:
@@ -97,8 +124,12 @@ def _mend(
     return mended
 
 
-def repair_workdir(workdir: Directory) -> Repair:
-    """The saved config out of the seal, or the seal anew."""
+def repair_workdir(workdir: Directory, files: Collection[str]) -> Repair:
+    """The update's record out of its token stream, the saved config out of the seal, or the seal anew."""
+    if RECORD in files:
+        restore_record(workdir)
+        if set(files) == {RECORD}:
+            return Repair("", f"written again: {RECORD}")
     try:
         seal = Seal.read(workdir)
     except (ValueError, AttributeError):

@@ -9,7 +9,7 @@ from mlp_memory.artifacts import Directory, Seal, UserError, first_line
 from mlp_memory.job import Job
 from mlp_memory.training.progress import Progress
 from mlp_memory.verify.check import Checked, Fault, check_folder, folders, read_manifest
-from mlp_memory.verify.repair import Repair, repair, run_stage, stage_of
+from mlp_memory.verify.repair import Repair, repair, repair_base, run_stage, stage_of
 from mlp_memory.workdir import exclusive
 
 UNFINISHED = "is unfinished"
@@ -126,6 +126,7 @@ def verify(job: Job, flags: Sequence[str], repairs: bool) -> bool:
         if not repairs:
             print("verify --repair makes again just what is damaged")
             return False
+        repair_base(job, faulty)
         before = {folder: _sealed_fingerprint(job.workdir, folder) for folder in faulty if folder}
         done = _repair_all(job, faulty)
     for stage in dict.fromkeys(one.stage for one in done if one.stage):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -352,3 +353,38 @@ def test_a_damaged_list_of_deleted_documents_is_told(updated, tmp_path):
     (train / "deleted.i64").write_bytes(bytes(data))
     with pytest.raises(UserError, match=r"deleted\.i64 is damaged"):
         TokenStream.open(Directory(train))
+
+
+def test_a_flipped_byte_in_what_base_and_update_share_is_repaired_in_both(mlp_memory, base, updated, rng):
+    linked = sorted(p for p in updated.rglob("*") if p.is_file() and p.stat().st_nlink > 1)
+    by_artifact = {name: [p for p in linked if name in p.parts] for name in ("keys", "test", "decoder")}
+    for name, paths in by_artifact.items():
+        path = (
+            paths[int(rng.integers(len(paths)))] if name != "decoder" else updated / "decoder/metrics.jsonl"
+        )
+        before = path.read_bytes()
+        place = int(rng.integers(len(before)))
+        with path.open("r+b") as file:  # in place: under both names
+            file.seek(place)
+            file.write(bytes([before[place] ^ 1 << int(rng.integers(8))]))
+        assert (base / path.relative_to(updated)).read_bytes() == path.read_bytes() != before
+        answer = mlp_memory("verify", f"--workdir={updated}", "--repair")
+        assert answer.code == 0, answer.out + answer.error
+        assert (base / path.relative_to(updated)).read_bytes() == path.read_bytes() == before
+    for run in (base, updated):
+        assert mlp_memory("verify", f"--workdir={run}").code == 0
+
+
+def test_a_damaged_record_of_an_update_is_written_again(mlp_memory, updated, tmp_path):
+    workdir = Path(shutil.copytree(updated, tmp_path / "workdir"))
+    before = (workdir / "update.json").read_bytes()
+    (workdir / "update.json").write_bytes(before[:-9])
+    answer = mlp_memory("verify", f"--workdir={workdir}", "--repair")
+    assert answer.code == 0, answer.out + answer.error
+    assert "written again: update.json" in answer.out
+    assert (workdir / "update.json").read_bytes() == before
+    shutil.rmtree(workdir / "corpus")
+    (workdir / "update.json").write_bytes(before[:-9])
+    answer = mlp_memory("verify", f"--workdir={workdir}", "--repair")
+    assert answer.code == 1
+    assert "give the `update` command again" in answer.out
