@@ -9,8 +9,8 @@ Parts, all of them if none is named:
   kills      `run` is sent SIGKILL or SIGTERM at random moments of every stage, several times a run
   updates    the same of an `update` that adds and deletes documents, a quarter as often
   flips      a random bit of each file of a finished run is flipped: `verify` names the file
-  repairs    a file of every artifact is flipped or cut off: `verify --repair`, at times killed and given
-             again, gives the bytes back; given again, the part hurts other files
+  repairs    a file of every artifact, of a run and of an update, is flipped or cut off: `verify --repair`,
+             at times killed and given again, gives the bytes back; each start of this part hurts other files
   truncated  the checkpoint that a training would go on from is cut off: one line, then from the start
   full       the disk is full (a tmpfs of a few hundred kilobytes, then grown): one line, then the run goes on
   readonly   the workdir is read-only (a bind mount): one line
@@ -147,11 +147,11 @@ def _one_line(done: subprocess.CompletedProcess) -> bool:
     return done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr
 
 
-def _copy(campaign: "Campaign", name: str) -> Path:
-    """A fresh copy of the unhurt run."""
+def _copy(campaign: "Campaign", name: str, reference: Path | None = None) -> Path:
+    """A fresh copy of an unhurt run, that of all stages if none is given."""
     folder = campaign.folder / name
     shutil.rmtree(folder, ignore_errors=True)
-    return Path(shutil.copytree(campaign.reference, folder))
+    return Path(shutil.copytree(reference or campaign.reference, folder))
 
 
 def kills(campaign: Campaign, count: int) -> None:
@@ -164,6 +164,12 @@ def kills(campaign: Campaign, count: int) -> None:
 
 def updates(campaign: Campaign, count: int) -> None:
     """Random kills of an `update` of the unhurt run that adds documents and deletes others."""
+    command, reference = _updated(campaign)
+    _kill(campaign, count // 4, reference, "update: ", command)
+
+
+def _updated(campaign: Campaign) -> tuple[Callable[[Path], list[str]], Path]:
+    """The command of an update into a folder, and an unhurt one."""
     added, reference = campaign.folder / "added.jsonl", campaign.folder / "updated"
     words, rng = (campaign.folder / "recipe/train.jsonl").read_text().split(), np.random.default_rng(7)
     texts = [" ".join(word.strip('{}":.') for word in rng.choice(words, 60)) for _ in range(9)]
@@ -175,7 +181,7 @@ def updates(campaign: Campaign, count: int) -> None:
 
     done = subprocess.run(command(reference), env=campaign.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    _kill(campaign, count // 4, reference, "update: ", command)
+    return command, reference
 
 
 def _kill(
@@ -247,11 +253,16 @@ def flips(campaign: Campaign) -> None:
 
 
 def repairs(campaign: Campaign) -> None:
-    """A file of every artifact flipped or cut off, one artifact at a time."""
-    for top in sorted(
-        {path.relative_to(campaign.reference).parts[0] for path in files_of(campaign.reference)}
-    ):
-        workdir = _copy(campaign, "repaired")
+    """A file of every artifact flipped or cut off, one at a time, of the run and of an update."""
+    _hurt_artifacts(campaign, campaign.reference, "")
+    _, updated = _updated(campaign)
+    _hurt_artifacts(campaign, updated, "update: ")
+
+
+def _hurt_artifacts(campaign: Campaign, reference: Path, prefix: str) -> None:
+    """`verify --repair` of a copy of an unhurt folder, once for each of its artifacts; at times killed."""
+    for top in sorted({path.relative_to(reference).parts[0] for path in files_of(reference)}):
+        workdir = _copy(campaign, "repaired", reference)
         paths = [workdir / top] if (workdir / top).is_file() else files_of(workdir / top)
         paths = [path for path in paths if path.stat().st_size]
         path = paths[int(campaign.rng.integers(len(paths)))]
@@ -275,12 +286,12 @@ def repairs(campaign: Campaign) -> None:
                 process.wait()
                 fault += ", killed"
         done = campaign.run(workdir, "verify", "--repair")
-        verdict, name = campaign.verdict(workdir, done), str(path.relative_to(workdir))
+        verdict, name = campaign.verdict(workdir, done, reference=reference), str(path.relative_to(workdir))
         if verdict == "same bytes" and (left := faults(workdir)):
             verdict = f"FAILED: {left[0]}"
-        campaign.count(
-            fault, top, verdict if verdict == "same bytes" else f"{verdict} ({name}) {done.stdout[-300:]}"
-        )
+        if verdict != "same bytes":
+            verdict += f" ({name}) {done.stdout[-300:]}"
+        campaign.count(fault, prefix + top, verdict)
     shutil.rmtree(campaign.folder / "repaired", ignore_errors=True)
 
 
