@@ -5,6 +5,7 @@ result's parameters), `metrics.jsonl`, `manifest.json`.
 """
 
 import contextlib
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -107,8 +108,18 @@ class StepCheckpoints:
 
 
 def _silence_failed_saves() -> None:
-    """Orbax logs a traceback of a failed save from its threads, and raises it again in ours."""
+    """Orbax logs a traceback of a failed save from its threads, and raises it again in ours.
+
+    Tensorstore's threads print others, of an event loop that was closed by the failure while they wrote.
+    """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if getattr(loud := sys.unraisablehook, "func", None) is not _tell_but_of_closed_loops:
+        sys.unraisablehook = functools.partial(_tell_but_of_closed_loops, loud)
+
+
+def _tell_but_of_closed_loops(loud: Callable[[Any], None], found: Any) -> None:
+    if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
+        loud(found)
 
 
 def _of_process_0(step: int) -> int:

@@ -278,11 +278,12 @@ def _hurt_artifacts(campaign: Campaign, reference: Path, prefix: str) -> None:
                 env=campaign.environment(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
             try:
                 process.wait(campaign.rng.uniform(1, 20))
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # it and the stage that it runs
                 process.wait()
                 fault += ", killed"
         done = campaign.run(workdir, "verify", "--repair")
