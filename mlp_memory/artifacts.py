@@ -190,7 +190,7 @@ class ArraySpec:
 
     def check(self, name: str) -> None:
         """Raises `ValueError` for what no array of that name can be."""
-        if not re.fullmatch(r"\w+", name):
+        if not re.fullmatch(r"[A-Za-z0-9_]{1,80}", name):
             raise ValueError(f"an array is named {name!r}")
         counts = (*self.shape, self.chunk_rows, self.block_rows)
         if not self.shape or not all(type(n) is int and 0 <= n < 1 << 48 for n in counts):

@@ -156,6 +156,11 @@ REGRESSIONS: dict[str, dict[str, Make]] = {
             0,
             a__manifest_dot_json=_changed(lambda m: m["arrays"].update({"../x": m["arrays"]["tokens"]})),
         ),
+        "an array of a long name": _seed(
+            "token_stream",
+            0,
+            a__manifest_dot_json=_changed(lambda m: m["arrays"].update({"x" * 3000: m["arrays"]["tokens"]})),
+        ),
         "chunks of no rows": _seed(
             "token_stream",
             0,
