@@ -140,8 +140,9 @@ def _search_of(
 ) -> list[int]:
     """Leaves and candidates with which a new shard is searched.
 
-    As large a part of it as of the others to begin with; more until a sample of its rows finds
-    config.target_recall of its neighbours in the shard, less 1.96 standard errors.
+    As large a part of it as of the others to begin with; more leaves, and once those are all more
+    candidates, until a sample of its rows finds config.target_recall of its neighbours in the shard,
+    less 1.96 standard errors.
     """
     keys, stream, _, structure, _, (start, stop) = work
     valid_S = stream.has_next(start, stop)
@@ -165,8 +166,11 @@ def _search_of(
         most = tuning.Setting(structure.leaves, len(rows_K))
         if setting == most or tuning.trial(setting, recall_Q, 0.0).low >= config.target_recall:
             return list(dataclasses.astuple(setting))
-        wider = 2 * setting.leaves_to_search, 2 * setting.reorder
-        setting = tuning.Setting(min(wider[0], most.leaves_to_search), min(wider[1], most.reorder))
+        if setting.leaves_to_search < most.leaves_to_search:
+            leaves = min(2 * setting.leaves_to_search, most.leaves_to_search)
+            setting = dataclasses.replace(setting, leaves_to_search=leaves)
+        else:
+            setting = dataclasses.replace(setting, reorder=min(2 * setting.reorder, most.reorder))
 
 
 def _from(first: int, rows_Qxk: np.ndarray) -> np.ndarray:
