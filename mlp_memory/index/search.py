@@ -114,7 +114,7 @@ class Index:
 
 
 def _ranges(rows: int, shards: int, facts: dict[str, Any]) -> list[tuple[int, int]]:
-    """The first row of each shard and one past its last.
+    """The first row of each shard and one past its last; how they are searched is checked with them.
 
     Raises:
       ValueError, TypeError: the facts are those of no index of so many rows.

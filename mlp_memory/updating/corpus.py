@@ -79,8 +79,7 @@ def update_corpus(corpus: Directory, request: Request, request_digest: str, work
     _write_tokens(writer, request.base / "corpus/train", base, deleted_D, new_N.astype(dtype))
     facts = _facts(base, vocabulary, deleted_D, [texts[d] for d in fresh.tolist()])
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    facts |= {"bounds_sha256": hashes[BOUNDS_NAME], "tokens": int(bounds_D1[-1])}
-    facts |= {"update": request.record()}
+    facts |= {"bounds_sha256": hashes[BOUNDS_NAME], "tokens": int(bounds_D1[-1]), "update": request.record}
     facts |= {"deleted_sha256": hashes[DELETED_NAME]} if len(deleted) else {}
     writer.finish(**facts)
 

@@ -1,6 +1,7 @@
 """What an update was asked for: checked before any work, and recorded in WORKDIR/update.json."""
 
 import dataclasses
+import functools
 import glob
 import json
 import os
@@ -41,6 +42,7 @@ class Request:
         """Whether documents are to be deleted."""
         return bool(self.delete or self.delete_files)
 
+    @functools.cached_property
     def record(self) -> dict[str, Any]:
         """Plain JSON that says what was asked for; files by their contents."""
         return {
@@ -90,7 +92,7 @@ def keep_record(workdir: Directory, request: Request) -> str:
     Raises:
       UserError: the workdir was begun with another request.
     """
-    wanted = canonical_json(request.record())
+    wanted = canonical_json(request.record)
     found = workdir.read(RECORD)
     if found is None:
         if workdir.names():
